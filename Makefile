@@ -1,0 +1,64 @@
+# Everything a user or a developer starts. `make help` lists it.
+SHELL := /bin/bash
+VENV ?= .venv
+PYTHON ?= python3
+ARGS ?=
+PYTEST_ARGS ?=
+export PYTHON
+
+py := $(VENV)/bin/python
+inputs := pyproject.toml constraints.txt install.sh
+installed := $(VENV)/.installed
+installed_dev := $(VENV)/.installed-dev
+tokenizer := runs/quickstart/tokenizer.model
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-fast lint format map docs clean
+
+help: ## list the targets
+	@echo "make TARGET [VENV=.venv] [PYTHON=python3] [TORCH=auto|cpu|cuda] [ARGS=\"overrides of train\"] [PYTEST_ARGS=...]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(installed) ## create the virtual environment and install the pinned packages
+
+train: $(installed) $(tokenizer) ## train a small LLaMA with Natural GaLore on text that is already on this machine
+	$(py) -m ngpt.train experiment=quickstart $(ARGS)
+	@printf '%s\n' "" \
+	  "Train on your own text (JSON lines with a field \"text\", plain or .gz):" \
+	  "  $(py) -m data_prep.train_tokenizer --files 'mytext/*.jsonl' --vocab-size 16000 --out mytext/tokenizer.model" \
+	  "  $(py) -m ngpt.train model=llama_20m model.vocab_size=16000 optimizer=natural_galore data=local_c4 tokenizer.path=mytext/tokenizer.model \\" \
+	  "      data.train_files='[mytext/train-*.jsonl]' data.val_files='[mytext/val-*.jsonl]' run.name=mytext" \
+	  "" \
+	  "Train on C4, streamed from the hub (a GPU, and T5's tokenizer as spiece.model):" \
+	  "  $(py) -m ngpt.train experiment=c4_60m_natural_galore tokenizer.path=spiece.model"
+
+test: $(installed_dev) ## run all tests, slow ones last
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(py) -m pytest $(PYTEST_ARGS)
+
+test-fast: $(installed_dev) ## run the tests that are not marked slow
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(py) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+lint: $(installed_dev) ## check the code with ruff
+	$(py) -m ruff check .
+
+format: $(installed_dev) ## let ruff repair what it can
+	$(py) -m ruff check --fix .
+
+map: $(installed) ## write docs/map.md from the modules' docstrings
+	$(py) docs/make_map.py
+
+clean: ## remove the virtual environment and caches; runs/ stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +
+
+# The stamps let a second `make` start at once; a changed pin or dependency installs again.
+$(installed): $(inputs)
+	bash install.sh $(VENV)
+	@touch $@
+
+$(installed_dev): $(inputs)
+	bash install.sh $(VENV) dev
+	@touch $@ $(installed)
+
+$(tokenizer): | $(installed)
+	$(py) -m data_prep.train_tokenizer --builtin --vocab-size 4096 --out $@
