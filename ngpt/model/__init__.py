@@ -1,0 +1,1 @@
+"""The LLaMA decoder: what it computes (llama, attention, layers), what it minimises (loss), what it costs (cost)."""
