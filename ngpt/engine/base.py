@@ -1,0 +1,80 @@
+"""The Engine protocol: all that the loop, the checkpoints and the telemetry know of how a model is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class UpdateOutcome:
+    """What became of one optimizer update.
+
+    `grad_norm` is the global L2 norm of the gradient before clipping (docs/math.md says of which gradient under per-layer
+    updates); `gradient_bytes` the gradients and accumulators that were alive when it was taken; `lr` the rate of the
+    first parameter group; `applied` is False where the loss or the gradient was not finite and nothing was changed.
+    """
+
+    grad_norm: float
+    lr: float
+    applied: bool
+    gradient_bytes: int
+
+
+class Engine(Protocol):
+    """Holds the model and the optimizer of one rank."""
+
+    device: torch.device
+
+    def begin_update(self, *, lr_multiplier: float, loss_divisor: float, num_micro_batches: int) -> None:
+        """Start one optimizer update.
+
+        Args:
+            lr_multiplier: factor on every group's peak learning rate.
+            loss_divisor: number of label tokens of the whole global batch, so that gradients add up to those of the mean loss.
+            num_micro_batches: how often `accumulate` will be called before `finish_update`.
+        """
+        ...
+
+    def accumulate(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Forward and backward of the next micro-batch.
+
+        Args:
+            inputs: keyword arguments of the model, on any device; the model returns the sum of token losses.
+
+        Returns:
+            The sum of token losses, a detached fp32 scalar on the device.
+        """
+        ...
+
+    def finish_update(self, loss: Tensor) -> UpdateOutcome:
+        """Clip and apply the accumulated gradient, or drop it where it or `loss` (a scalar) is not finite."""
+        ...
+
+    def evaluate(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Sum of token losses of one batch without gradients, an fp32 scalar on the device."""
+        ...
+
+    def state_bytes(self) -> dict[str, int]:
+        """Exact bytes of `weights` and of the optimizer state by kind (`optimizer_state` is their total)."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters by their Hugging Face names, tied ones once."""
+        ...
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy `weights` into the parameters; raises ValueError naming what is missing, unknown or of another shape."""
+        ...
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """State of the optimizer: tensors, numbers and strings only."""
+        ...
+
+    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `optimizer_state` returned; learning rates and other settings are those of this run."""
+        ...

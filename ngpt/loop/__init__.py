@@ -1,0 +1,1 @@
+"""The training loop: micro-batches in, results out; no disk, no logging."""

@@ -1,0 +1,55 @@
+"""Signals as a polite request: finish the step, save, exit with a code that says why."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+logger = logging.getLogger(__name__)
+
+# 75 is EX_TEMPFAIL of sysexits.h ("try again later"), which schedulers are told to requeue; 130 is what shells report for Ctrl-C.
+EXIT_CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
+
+
+class StopRequest:
+    """Whether, and by which signal, the run was asked to stop."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+    @property
+    def exit_code(self) -> int:
+        """0 where nobody asked."""
+        return 0 if self.signal is None else EXIT_CODES[self.signal]
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Turn the first SIGTERM, SIGINT or SIGUSR1 into a StopRequest; the next one acts as if we were not here.
+
+    The handlers that were installed before are put back on leaving.
+    """
+    request = StopRequest()
+    previous = {number: signal.getsignal(number) for number in EXIT_CODES}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        request.signal = signal.Signals(number)
+        restore()
+        logger.warning("%s: finishing the step, saving, then exiting (again to exit at once)", request.signal.name)
+
+    for number in EXIT_CODES:
+        signal.signal(number, on_signal)
+    try:
+        yield request
+    finally:
+        restore()

@@ -1,0 +1,93 @@
+"""The training loop as a generator: yields one StepResult per update and knows nothing of logs, evaluation or disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+from ngpt.data.loader import Batch
+from ngpt.engine.base import Engine
+from ngpt.loop.train_step import StepResult, train_step
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many updates in a row had a loss or a gradient that is not finite."""
+
+
+@dataclass
+class Progress:
+    """How far a run is: updates done, label tokens seen, updates skipped (in all, and in a row), seconds spent in steps."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+def train_loop(
+    engine: Engine,
+    batches: Iterator[Batch],
+    progress: Progress,
+    *,
+    total_steps: int,
+    micro_batches_per_step: int,
+    lr_multiplier: Callable[[int], float],
+    max_nonfinite_steps: int,
+    should_stop: Callable[[], bool],
+) -> Iterator[StepResult]:
+    """Train from `progress.step` to `total_steps`, yielding after every update.
+
+    Args:
+        engine: holds model and optimizer.
+        batches: micro-batches in order, endless; `micro_batches_per_step` of them make one update.
+        progress: updated in place before each yield, so that at a yield it and the batches' own state describe the same moment.
+        lr_multiplier: factor on the learning rate for the update with this index, counted from 0.
+        max_nonfinite_steps: skipped updates in a row after which the run stops.
+        should_stop: asked before every update; True ends the loop.
+
+    Raises:
+        TrainingDiverged: after the result of the last skipped update was yielded.
+    """
+    while progress.step < total_steps and not should_stop():
+        started = time.perf_counter()
+        step_batches = list(islice(batches, micro_batches_per_step))
+        data_ready = time.perf_counter()
+        outcome = train_step(engine, step_batches, lr_multiplier=lr_multiplier(progress.step))
+        step_seconds = time.perf_counter() - started
+
+        progress.step += 1
+        progress.tokens += outcome.step_tokens
+        progress.seconds += step_seconds
+        progress.skipped_steps += not outcome.applied
+        progress.skipped_in_a_row = 0 if outcome.applied else progress.skipped_in_a_row + 1
+        yield StepResult(
+            step=progress.step,
+            tokens=progress.tokens,
+            step_tokens=outcome.step_tokens,
+            loss=outcome.loss,
+            grad_norm=outcome.grad_norm,
+            lr=outcome.lr,
+            applied=outcome.applied,
+            skipped_steps=progress.skipped_steps,
+            gradient_bytes=outcome.gradient_bytes,
+            step_seconds=step_seconds,
+            data_seconds=data_ready - started,
+            batches=[batch.identity() for batch in step_batches],
+        )
+        if progress.skipped_in_a_row >= max_nonfinite_steps:
+            raise TrainingDiverged(
+                f"step {progress.step}: the loss or the gradient was not finite {progress.skipped_in_a_row} times in a row "
+                f"(trainer.max_nonfinite_steps = {max_nonfinite_steps}); lower optimizer.lr, lengthen scheduler.warmup_steps or set "
+                f"trainer.grad_clip, and look at the batches in nonfinite_steps.jsonl of the run folder"
+            )

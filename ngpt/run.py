@@ -1,0 +1,355 @@
+"""One run: its parts assembled in the order in which values flow, and what happens to a result; the loop itself is in ngpt/train.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ngpt.checkpoint import resume, store
+from ngpt.config.schema import RunConfig, checkpointing_interval, steps_in_run
+from ngpt.config.validate import ConfigError, vocabulary_problem
+from ngpt.data.loader import TrainLoader, build_eval_batches, build_train_loader
+from ngpt.data.tokenizer import Tokenizer
+from ngpt.data.unigram import unigram_perplexity
+from ngpt.dist.process_group import choose_device, random_state, ranks_from_environment, seed_everything, set_random_state
+from ngpt.engine.local import LocalEngine, weight_dtype
+from ngpt.loop.evaluate import EvalResult, evaluate
+from ngpt.loop.stop import stop_on_signals
+from ngpt.loop.train_loop import Progress, train_loop
+from ngpt.loop.train_step import StepResult
+from ngpt.model import cost
+from ngpt.model.llama import LlamaForCausalLM, compile_blocks
+from ngpt.optimizers import build_optimizer, build_schedule
+from ngpt.telemetry.console import configure_logging, duration, eval_line, step_line
+from ngpt.telemetry.manifest import write_manifest
+from ngpt.telemetry.metrics import StepMetrics, device_memory, device_peak_flops, eval_record
+from ngpt.telemetry.plot import plot_run
+from ngpt.telemetry.sinks import JsonlSink, WandbSink
+
+logger = logging.getLogger(__name__)
+
+
+def due(every_steps: int, step: int) -> bool:
+    """Whether something done every `every_steps` steps (0: never) is due after `step`."""
+    return every_steps > 0 and step % every_steps == 0
+
+
+class Run:
+    """A run from its configuration to its last checkpoint; a context manager that closes files, threads and signal handlers.
+
+    Args:
+        config: validated settings.
+        arguments: the command-line overrides, for the manifest and for the commands that are printed at the end.
+
+    Raises:
+        ValueError: something that only shows once files are opened does not fit: vocabulary, data, checkpoint, device.
+    """
+
+    def __init__(self, config: RunConfig, arguments: list[str]) -> None:
+        self.config = config
+        self.arguments = arguments
+        self.folder = Path(config.run.dir) / config.run.name
+        self.ranks = ranks_from_environment()
+        self.total_steps = steps_in_run(config.trainer)
+        self.progress = Progress()
+        self._last_eval: EvalResult | None = None
+        self._resources = ExitStack()
+
+    def __enter__(self) -> Run:
+        try:
+            self._assemble()
+        except BaseException:
+            self._resources.close()
+            raise
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._resources.close()
+
+    # ------------------------------------------------------------------------------------------------------- assembly
+    def _assemble(self) -> None:
+        config, trainer = self.config, self.config.trainer
+        self.folder.mkdir(parents=True, exist_ok=True)
+        configure_logging(self.folder if self.ranks.is_main else None)
+        self.stop = self._resources.enter_context(stop_on_signals())
+        self.device = choose_device(trainer.device, self.ranks)
+
+        self.tokenizer = Tokenizer.load(config.tokenizer.path) if config.tokenizer.path else None
+        if self.tokenizer and (problem := vocabulary_problem(config.model.vocab_size, self.tokenizer.vocab_size)):
+            raise ConfigError(problem)
+        self.settings = resume.settings_of(config, tokenizer_fingerprint=self.tokenizer.fingerprint if self.tokenizer else None)
+        self.store = store.CheckpointStore(self.folder / "checkpoints", keep=config.checkpoint.keep)
+        checkpoint = self._checkpoint_to_resume()
+        state = self._checked_state(checkpoint) if checkpoint else {}
+
+        self.loader = self._open_loader()
+        self._resources.callback(self.loader.close)
+        self.engine = LocalEngine(
+            self._build_model,
+            functools.partial(build_optimizer, config=config.optimizer, precision=trainer.precision, seed=config.seed),
+            device=self.device,
+            dtype=weight_dtype(trainer.precision),
+            apply=config.optimizer.apply,
+            grad_clip=trainer.grad_clip,
+        )
+        if checkpoint:
+            self._restore(checkpoint, state)
+        self.resumed_step = self.progress.step
+        self.eval_batches = self._eval_batches() if config.eval.every_steps or config.eval.at_end else []
+        self._open_telemetry(checkpoint, state)
+
+    def _open_loader(self) -> TrainLoader:
+        config, trainer = self.config, self.config.trainer
+        return build_train_loader(
+            config.data,
+            self.tokenizer,
+            vocab_size=config.model.vocab_size,
+            seq_len=trainer.seq_len,
+            micro_batch_size=trainer.micro_batch_size,
+            global_batch_size=trainer.global_batch_size,
+            seed=config.seed,
+            ranks=self.ranks,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _eval_batches(self) -> list[Any]:
+        config, trainer = self.config, self.config.trainer
+        return build_eval_batches(
+            config.data,
+            self.tokenizer,
+            vocab_size=config.model.vocab_size,
+            seq_len=trainer.seq_len,
+            micro_batch_size=trainer.micro_batch_size,
+            max_tokens=config.eval.max_tokens,
+            seed=config.seed,
+            ranks=self.ranks,
+        )
+
+    def _build_model(self) -> LlamaForCausalLM:
+        trainer = self.config.trainer
+        seed_everything(self.config.seed)  # here, so that nothing that was opened before can move the initial weights
+        model = LlamaForCausalLM(
+            self.config.model, loss_chunk_tokens=trainer.loss_chunk_tokens, checkpoint_every=checkpointing_interval(trainer)
+        )
+        if trainer.compile:
+            compile_blocks(model)
+        return model
+
+    def _open_telemetry(self, checkpoint: Path | None, state: dict[str, Any]) -> None:
+        config, trainer = self.config, self.config.trainer
+        as_dict = dataclasses.asdict(config)
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(as_dict, sort_keys=False), encoding="utf-8")
+        write_manifest(
+            self.folder / "manifest.json",
+            config=as_dict,
+            device=self.device,
+            argv=self.arguments,
+            resumed_from=checkpoint.name if checkpoint else None,
+        )
+        self.jsonl = JsonlSink(self.folder / "metrics.jsonl", resume_step=self.progress.step)
+        self._resources.callback(self.jsonl.close)
+        self.wandb = WandbSink(
+            config.logger,
+            run_name=config.run.name,
+            run_folder=self.folder,
+            run_config=as_dict,
+            run_id=state.get("wandb", {}).get("run_id"),
+        )
+        self._resources.callback(self.wandb.close)
+        self.metrics = StepMetrics(
+            flops_per_token=cost.flops_per_token(config.model, trainer.seq_len),
+            peak_flops=trainer.peak_flops or device_peak_flops(self.device, weight_dtype(trainer.precision)),
+            world_size=self.ranks.world_size,
+        )
+        self._announce(checkpoint)
+
+    def _announce(self, checkpoint: Path | None) -> None:
+        config, trainer = self.config, self.config.trainer
+        sizes = self.engine.state_bytes()
+        logger.info(
+            "%s: %s parameters, %s on %s, %s | %s steps of %s x %s tokens (%s micro-batches of %s)",
+            config.run.name,
+            f"{cost.parameter_count(config.model):,}",
+            config.optimizer.name,
+            self.device,
+            trainer.precision,
+            f"{self.total_steps:,}",
+            trainer.global_batch_size,
+            trainer.seq_len,
+            self._micro_batches_per_step,
+            trainer.micro_batch_size,
+        )
+        logger.info("weights %.1f MiB, optimizer state %.1f MiB | run folder %s", sizes["weights"] / 2**20, sizes["optimizer_state"] / 2**20, self.folder)
+        if checkpoint:
+            logger.info("continuing from %s: step %d, %s tokens", checkpoint, self.progress.step, f"{self.progress.tokens:,}")
+
+    @property
+    def _micro_batches_per_step(self) -> int:
+        trainer = self.config.trainer
+        return trainer.global_batch_size // (trainer.micro_batch_size * self.ranks.world_size)
+
+    # --------------------------------------------------------------------------------------------------------- resume
+    def _checkpoint_to_resume(self) -> Path | None:
+        newest = self.store.newest()
+        if self.config.resume == "auto":
+            return newest
+        if self.config.resume == "never":
+            if newest:
+                raise store.CheckpointError(
+                    f"resume = never, but {self.folder} already has checkpoints (newest: {newest.name}); "
+                    "start another run with run.name=SOMETHING_ELSE, or continue this one with resume=auto"
+                )
+            return None
+        chosen = store.open_checkpoint(Path(self.config.resume))
+        if newest and store.step_of(newest) > store.step_of(chosen):
+            raise store.CheckpointError(
+                f"resume = {chosen}: {self.folder} already has the newer {newest.name}, which this run would mix with; "
+                "branch off with run.name=SOMETHING_ELSE, or remove the newer checkpoints first"
+            )
+        return chosen
+
+    def _checked_state(self, checkpoint: Path) -> dict[str, Any]:
+        state = store.read_state(checkpoint)
+        for line in resume.check_settings(state["settings"], self.settings, checkpoint=str(checkpoint)):
+            logger.info("changed since %s: %s", checkpoint.name, line)
+        return state
+
+    def _restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        self.engine.load_weights(store.read_weights(checkpoint))
+        self.engine.load_optimizer_state(store.read_tensors(checkpoint, "optimizer"))
+        self.loader.load_state_dict(state["data"])
+        self.progress.load_state_dict(state["progress"])
+        set_random_state(store.read_tensors(checkpoint, "random"))
+
+    # ------------------------------------------------------------------------------------------------------- the loop
+    def steps(self) -> Iterator[StepResult]:
+        """The updates that are left, one result each."""
+        return train_loop(
+            self.engine,
+            self.loader,
+            self.progress,
+            total_steps=self.total_steps,
+            micro_batches_per_step=self._micro_batches_per_step,
+            lr_multiplier=build_schedule(self.config.scheduler, self.total_steps),
+            max_nonfinite_steps=self.config.trainer.max_nonfinite_steps,
+            should_stop=self.stop,
+        )
+
+    @property
+    def at_end(self) -> bool:
+        return self.progress.step >= self.total_steps
+
+    @property
+    def finished_before(self) -> bool:
+        """Whether there was nothing left to do when the run was started."""
+        return self.resumed_step >= self.total_steps
+
+    def record(self, result: StepResult) -> None:
+        """Send a result to the console, to metrics.jsonl and to W&B, if its step is one that is logged."""
+        self.metrics.add(result)
+        if not result.applied:
+            self._record_skipped(result)
+        first = result.step == self.resumed_step + 1
+        if not (first or self.at_end or due(self.config.logger.every_steps, result.step)):
+            return
+        record = self.metrics.record(
+            result, state_bytes=self.engine.state_bytes(), memory=device_memory(self.device), sources=self.loader.stats()
+        )
+        seconds_left = (self.total_steps - result.step) * (record["time/step_s"] or 0)
+        logger.info("%s", step_line(record, total_steps=self.total_steps, seconds_left=seconds_left))
+        self.jsonl.write(record)
+        self.wandb.write(record)
+
+    def _record_skipped(self, result: StepResult) -> None:
+        identity = {"step": result.step, "loss": repr(result.loss), "grad_norm": repr(result.grad_norm), "batches": list(result.batches)}
+        with (self.folder / "nonfinite_steps.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(identity) + "\n")
+        logger.warning("step %d: loss %s, gradient norm %s: update skipped (%d so far)", result.step, result.loss, result.grad_norm, result.skipped_steps)
+
+    def evaluate(self) -> None:
+        """Evaluate on the held-out tokens and record the result."""
+        started = time.perf_counter()
+        self._last_eval = evaluate(self.engine, self.eval_batches, self.tokenizer.token_bytes if self.tokenizer else None)
+        record = eval_record(self.progress.step, self.progress.tokens, self._last_eval, seconds=time.perf_counter() - started)
+        logger.info("%s", eval_line(record, total_steps=self.total_steps))
+        self.jsonl.write(record)
+        self.wandb.write(record)
+
+    def save(self) -> None:
+        """Write the checkpoint of this step."""
+        started = time.perf_counter()
+        folder = self.store.save(
+            self.progress.step,
+            weights=self.engine.weights(),
+            tensors={"optimizer": self.engine.optimizer_state(), "random": random_state()},
+            state={
+                "progress": self.progress.state_dict(),
+                "data": self.loader.state_dict(),
+                "wandb": self.wandb.state_dict(),
+                "settings": self.settings,
+            },
+            files={"config.yaml": (self.folder / "config.yaml").read_bytes()}
+            | ({"tokenizer.model": self.tokenizer.model_bytes} if self.tokenizer else {}),
+        )
+        logger.info("checkpoint %s (%.1fs)", folder, time.perf_counter() - started)
+
+    # -------------------------------------------------------------------------------------------------------- the end
+    @property
+    def exit_code(self) -> int:
+        """0 unless a signal stopped the run before its last step."""
+        return 0 if self.at_end else self.stop.exit_code
+
+    def summarise(self) -> None:
+        """Draw the plot and say where things are and how to go on."""
+        references = self._unigram_reference()
+        picture = self.folder / "metrics.png"
+        plot_run(self.folder / "metrics.jsonl", picture, title=self.config.run.name, references=references)
+        signal = self.stop.signal
+        state = "done" if self.at_end else f"stopped by {signal.name}" if signal else "stopped"
+        logger.info(
+            "%s: step %d/%d, %s tokens in %s of training, %d skipped updates",
+            state,
+            self.progress.step,
+            self.total_steps,
+            f"{self.progress.tokens:,}",
+            duration(self.progress.seconds),
+            self.progress.skipped_steps,
+        )
+        if self._last_eval and references:
+            unigram = references["unigram"]
+            share = self._last_eval.perplexity / unigram
+            logger.info("held-out perplexity %.2f; a unigram model of the same training tokens: %.2f (%.3f of it)", self._last_eval.perplexity, unigram, share)
+        logger.info("metrics %s | picture %s | newest checkpoint %s", self.folder / "metrics.jsonl", picture, self.store.newest())
+        more = [] if not self.at_end else [f"trainer.max_steps={2 * self.total_steps}"]
+        if more and self.config.trainer.max_tokens:
+            more = [f"trainer.max_tokens={2 * self.config.trainer.max_tokens}"]
+        kept = [a for a in self.arguments if not more or not a.startswith(more[0].partition("=")[0] + "=")]
+        logger.info("%s: %s", "train longer" if self.at_end else "continue", command_line([*kept, *more]))
+
+    def _unigram_reference(self) -> dict[str, float]:
+        if not (self.at_end and self.config.eval.unigram_baseline and self.eval_batches):
+            return {}
+        loader = self._open_loader()  # the same stream from its start: exactly the tokens that were trained on
+        try:
+            batches = self.progress.step * self._micro_batches_per_step
+            return {"unigram": unigram_perplexity(loader, batches, self.eval_batches, self.config.model.vocab_size)}
+        finally:
+            loader.close()
+
+
+def command_line(arguments: list[str]) -> str:
+    """The command that starts this run with `arguments`, as a user would type it."""
+    interpreter = Path(sys.executable)
+    shown = str(interpreter.relative_to(Path.cwd())) if interpreter.is_relative_to(Path.cwd()) else "python"
+    return " ".join([shown, "-m", "ngpt.train", *arguments])

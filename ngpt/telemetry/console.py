@@ -1,0 +1,53 @@
+"""What a person reads while a run goes on: one aligned line a log step, and the log file beside it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from ngpt.telemetry.metrics import Record
+
+
+def configure_logging(run_folder: Path | None) -> None:
+    """Send log messages of INFO and above to standard output and, in `run_folder` (None: not), to `train.log`."""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    if run_folder is not None:
+        handlers.append(logging.FileHandler(run_folder / "train.log", encoding="utf-8"))
+        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handlers[0].setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
+    for chatty in ("datasets", "httpx", "huggingface_hub", "fsspec", "filelock", "matplotlib", "urllib3"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def step_line(record: Record, *, total_steps: int, seconds_left: float) -> str:
+    """The console line of a training record, as wide for the last step as for the first."""
+    step, width = int(record["step"] or 0), len(str(total_steps))
+    return (
+        f"step {step:>{width}}/{total_steps} ({step / total_steps:6.1%}) | loss {_number(record['train/loss'], '.4f'):>7} | "
+        f"ppl {_number(record['train/perplexity'], '.1f'):>8} | lr {record['optim/lr']:.2e} | gnorm {_number(record['optim/grad_norm'], '.2f'):>6} | "
+        f"mem {(record['memory/peak_allocated_gib'] or 0):.2f}GiB | tok/s {round(record['throughput/tokens_per_sec'] or 0):>9,} | "
+        f"mfu {record['throughput/mfu']:5.1%} | eta {duration(seconds_left)}"
+    )
+
+
+def eval_line(record: Record, *, total_steps: int) -> str:
+    """The console line of an evaluation record."""
+    bits = record.get("val/bits_per_byte")
+    return (
+        f"eval {int(record['step'] or 0):>{len(str(total_steps))}}/{total_steps} | val loss {_number(record['val/loss'], '.4f')} | "
+        f"val ppl {_number(record['val/perplexity'], '.2f')} (galore protocol {_number(record['val/perplexity_galore_protocol'], '.2f')}) | "
+        + (f"{bits:.4f} bits/byte | " if bits is not None else "")
+        + f"{int(record['val/tokens'] or 0):,} tokens in {record['time/eval_s']:.1f}s"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds as h:mm:ss."""
+    whole = max(0, round(seconds))
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "nan" if value is None else format(value, spec)

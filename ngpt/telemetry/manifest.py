@@ -1,0 +1,72 @@
+"""manifest.json: what ran, from which code, with which versions, on which device; written before the first step of every start."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "deepspeed", "datasets", "sentencepiece", "hydra-core", "wandb", "numpy", "safetensors")
+_SECRET = re.compile(r"(?i)((?:^|[._-])(?:key|token|secret|password|passwd|credentials?)=).+")
+_CREDENTIALS_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+def write_manifest(path: Path, *, config: dict[str, Any], device: torch.device, argv: list[str], resumed_from: str | None) -> None:
+    """Write `path`, or add this start to the ones already in it.
+
+    The file holds `starts`, a list with one entry for each time the run was started: time (UTC), argv, config, versions, device,
+    git commit, and the checkpoint it continued from.
+    """
+    starts: list[dict[str, Any]] = []
+    if path.exists():
+        try:
+            starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+        except (ValueError, KeyError, TypeError):
+            starts = []  # a manifest that a crash cut off must not keep the run from continuing
+    starts.append(
+        {
+            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "argv": [redact(argument) for argument in argv],
+            "resumed_from": resumed_from,
+            "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+            "platform": platform.platform(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+            "git": git_state(Path(__file__).parent),
+            "config": config,
+        }
+    )
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"starts": starts}, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit and whether tracked files differ from it, or None outside a checkout."""
+    try:
+        commit = _git(folder, "rev-parse", "HEAD").strip()
+        return {"commit": commit, "modified": bool(_git(folder, "status", "--porcelain", "--untracked-files=no").strip())}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def redact(argument: str) -> str:
+    """A command-line argument without the value of a secret and without credentials in a URL."""
+    return _CREDENTIALS_IN_URL.sub("***@", _SECRET.sub(r"\1***", argument))
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True, timeout=10).stdout
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,60 @@
+"""Settings that must not change are refused by name; the others are reported."""
+
+from __future__ import annotations
+
+import pytest
+
+from ngpt.checkpoint.resume import ResumeError, check_settings, settings_of
+from ngpt.config.compose import compose_run
+
+
+def settings(*overrides, fingerprint="abc"):
+    config = compose_run(["model=llama_9m", "data=synthetic", "optimizer.rank=16", "trainer.max_steps=10", *overrides])
+    return settings_of(config, tokenizer_fingerprint=fingerprint)
+
+
+def test_the_same_settings_are_silent():
+    assert check_settings(settings(), settings(), checkpoint="c") == []
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("model.hidden_size=256", "model.hidden_size: 128 in the checkpoint, 256 now"),
+        ("model.rope_theta=5e5", "model.rope_theta"),
+        ("optimizer.rank=8", "optimizer.rank: 16 in the checkpoint, 8 now"),
+        ("optimizer=galore", "optimizer.name: 'natural_galore' in the checkpoint, 'galore' now"),
+        ("trainer.seq_len=64", "trainer.seq_len"),
+        ("trainer.global_batch_size=64", "trainer.global_batch_size"),
+        ("data.shuffle_window=3", "data.shuffle_window"),
+        ("seed=1", "seed: 0 in the checkpoint, 1 now"),
+    ],
+)
+def test_what_must_stay_is_refused_by_name(override, named):
+    extra = ["optimizer.rank=16"] if override.startswith("optimizer=") else []
+    with pytest.raises(ResumeError, match="must not change") as error:
+        check_settings(settings(), settings(override, *extra), checkpoint="runs/x/step-0000100")
+    assert named in str(error.value)
+    assert "runs/x/step-0000100" in str(error.value)
+    assert "run.name=" in str(error.value)
+
+
+def test_another_tokenizer_is_refused_by_its_content():
+    with pytest.raises(ResumeError, match=r"tokenizer\.fingerprint: 'abc' in the checkpoint, 'def' now"):
+        check_settings(settings(), settings(fingerprint="def"), checkpoint="c")
+
+
+def test_all_refusals_come_at_once():
+    with pytest.raises(ResumeError) as error:
+        check_settings(settings(), settings("seed=1", "trainer.seq_len=64"), checkpoint="c")
+    assert "seed" in str(error.value)
+    assert "trainer.seq_len" in str(error.value)
+
+
+def test_what_may_change_is_reported():
+    lines = check_settings(settings(), settings("trainer.max_steps=20", "optimizer.lr=0.5", "trainer.micro_batch_size=8"), checkpoint="c")
+    assert lines == ["optimizer.lr: 0.01 -> 0.5", "trainer.max_steps: 10 -> 20", "trainer.micro_batch_size: 16 -> 8"]
+
+
+def test_where_and_how_to_watch_is_nobodys_business():
+    assert check_settings(settings(), settings("run.name=other", "logger.every_steps=3", "checkpoint.keep=9"), checkpoint="c") == []
