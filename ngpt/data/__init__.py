@@ -1,0 +1,1 @@
+"""Text to batches: sources, tokenizer, packing, shuffling and the loader, with one exact and small resumable state."""
