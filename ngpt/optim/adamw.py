@@ -1,0 +1,249 @@
+"""AdamW, and what every optimizer here has in common: two-phase updates, checked groups, exact tensor-only state, bf16 rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ngpt.optim import adam
+from ngpt.optim.hyper_parameters import SCHEDULER_KEYS, check_hyper_parameters
+from ngpt.optim.rounding import generator_for, stochastic_round_
+from ngpt.optim.state import check_state_fits, copy_state_
+
+BASIS_STREAM, ROUNDING_STREAM = 0, 1  # first counter of the random numbers of a parameter: what they are for
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a parameter stands in the optimizer: its group, its number over all groups, and its name for messages."""
+
+    group: dict[str, Any]
+    index: int
+    name: str
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of moments and reduced gradients: fp32, or fp64 for fp64 parameters."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW (arXiv:1711.05101): on fp32 parameters the same numbers as `torch.optim.AdamW`; moments are fp32 whatever the parameter.
+
+    `params` are parameters, (name, parameter) pairs or groups of either. `rounding` says how new bf16 weights are stored: "stochastic"
+    (seeded by `seed`, the parameter's number and its update number, so nothing needs saving), "nearest", or "master" (an fp32 copy in
+    the state, taken from the weight when the group is added). It has no effect on fp32 weights; fp16 knows "nearest" and "master", and
+    takes "stochastic" as "nearest".
+
+    The update of one parameter has two phases: `reduce_gradient` turns a full gradient into what is kept of it, `apply_gradient`
+    updates the state and the weight. `step` is both for each parameter; per-layer updates and sharding call them apart.
+
+    State per parameter: `step` (int64, on the CPU, so that reading it waits for nothing), `exp_avg`, `exp_avg_sq` and, if asked for,
+    `master`: plain tensors, allocated when the group is added. Raises ValueError naming group, key, value and rule for what is not
+    accepted.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        rounding: str = "stochastic",
+        seed: int = 0,
+    ) -> None:
+        self._set_up(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rounding": rounding, "seed": seed})
+
+    def _set_up(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        self._slots: dict[Tensor, Slot] = {}
+        check_hyper_parameters(defaults, defaults, type(self).__name__)
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also called by torch for a copy, for unpickling and at the end of `load_state_dict`, with new group objects each time."""
+        super().__setstate__(state)
+        self._slots = {}
+
+    # ------------------------------------------------------------------------------------------------------------ groups
+    def accepted_keys(self) -> set[str]:
+        """The hyper-parameters that a group may set."""
+        return set(self.defaults) - {"differentiable"}  # torch adds that one to the defaults of every optimizer that was copied
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Check a group, add it, allocate the state of its parameters. Raises ValueError, and adds nothing, if anything is wrong."""
+        where = f"group {len(self.param_groups)}"
+        own_keys = {"params", "param_names", "name"} | SCHEDULER_KEYS
+        settings = {key: value for key, value in param_group.items() if key not in own_keys}
+        check_hyper_parameters(settings, self.accepted_keys(), where)
+        params = param_group.get("params", [])
+        params = [params] if isinstance(params, Tensor) else list(params)
+        if not params:
+            raise ValueError(f"{where}: it has no parameters")
+        tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in params]
+        taken = {p for group in self.param_groups for p in group["params"]}
+        for position, (entry, p) in enumerate(zip(params, tensors, strict=True)):
+            label = f"{where}, parameter {entry[0] if isinstance(entry, tuple) else position!r}"
+            if p in taken:
+                raise ValueError(f"{label}: it is in this or another group already; every parameter belongs to exactly one")
+            taken.add(p)
+            self._check_parameter(p, settings, label)
+        super().add_param_group({**param_group, "params": params})
+        self._slots = {}
+        for p in tensors:
+            self.state[p] = self._allocate(p, self.slot(p).group)
+
+    def _check_parameter(self, p: Tensor, settings: dict[str, Any], label: str) -> None:
+        """Raises ValueError if a parameter cannot be in a group with these settings."""
+        if not isinstance(p, Tensor) or not p.is_floating_point():
+            raise ValueError(f"{label}: {p.dtype if isinstance(p, Tensor) else type(p).__name__} is not a floating-point tensor")
+
+    def slot(self, p: Tensor) -> Slot:
+        """The place of a parameter in this optimizer. Raises KeyError for a parameter of somebody else."""
+        if not self._slots:
+            index = 0
+            for group in self.param_groups:
+                names = group.get("param_names") or [f"parameter {index + i}" for i in range(len(group["params"]))]
+                for name, member in zip(names, group["params"], strict=True):
+                    self._slots[member] = Slot(group, index, name)
+                    index += 1
+        return self._slots[p]
+
+    # ------------------------------------------------------------------------------------------------------------- state
+    def _allocate(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        state = {
+            "step": torch.zeros((), dtype=torch.int64),
+            "exp_avg": torch.zeros_like(p, dtype=compute_dtype(p)),
+            "exp_avg_sq": torch.zeros_like(p, dtype=compute_dtype(p)),
+        }
+        return state | self._allocate_master(p, group)
+
+    def _allocate_master(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        if group["rounding"] != "master" or p.dtype == compute_dtype(p):
+            return {}
+        return {"master": p.detach().to(torch.float32, copy=True)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue exactly: every tensor keeps its dtype, device and bits (torch alone would cast all but `step` to the parameter's dtype).
+
+        Raises ValueError, and changes nothing, if the state is that of other parameters or of other settings (rank, history, rounding,
+        ...).
+        """
+        own = [(self.slot(p).name, self.state[p]) for group in self.param_groups for p in group["params"]]
+        saved_ids = [number for group in state_dict["param_groups"] for number in group["params"]]
+        saved = [state_dict["state"].get(number, {}) for number in saved_ids]
+        check_state_fits(own, saved)
+        super().load_state_dict(state_dict)
+        for p, (_, tensors), incoming in zip(self._parameters(), own, saved, strict=True):
+            copy_state_(tensors, incoming)
+            self.state[p] = tensors
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    # ------------------------------------------------------------------------------------------------------------ update
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update from the gradients in `p.grad`; parameters without one are left alone. Returns what `closure` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            plain = []
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if self._is_plain(group) and p.dtype == compute_dtype(p):
+                    plain.append(p)
+                else:
+                    self.apply_gradient(p, self.reduce_gradient(p, p.grad))
+            if plain:
+                self._update_plain(plain, [self.reduce_gradient(p, p.grad) for p in plain], group)
+        return loss
+
+    def reduce_gradient(self, p: Tensor, grad: Tensor, *, first: bool = True) -> Tensor:
+        """What is kept of a full gradient: here the gradient itself. `first` says that it is the first one of this update of `p`.
+
+        Linear in `grad` within one update, so micro-batches may be added up afterwards. Does not touch weights or state.
+        """
+        if grad.is_sparse:
+            raise RuntimeError(f"{self.slot(p).name}: sparse gradients are not supported; build the embedding with sparse=False")
+        return grad
+
+    def drop_gradient(self, p: Tensor) -> None:
+        """Forget whatever `reduce_gradient` prepared for the update of `p` that will not take place."""
+
+    @torch.no_grad()
+    def apply_gradient(self, p: Tensor, reduced: Tensor, *, guard: bool = False) -> Tensor | None:
+        """Update state and weight of one parameter from its reduced gradient.
+
+        With `guard`, weight and state keep their bits if the reduced gradient is not finite, decided on the device without waiting for
+        it; only the counters on the CPU move on. Returns whether it was finite (a bool tensor on the device), or None without `guard`.
+        """
+        self._begin_update(p)
+        if not guard:
+            self._update(p, reduced)
+            return None
+        finite = torch.linalg.vector_norm(reduced, ord=torch.inf).isfinite()
+        written = self._written_by_update(p)
+        before = [tensor.clone() for tensor in written]
+        self._update(p, reduced)
+        for tensor, old in zip(written, before, strict=True):
+            tensor.copy_(torch.where(finite, tensor, old))
+        return finite
+
+    def _is_plain(self, group: dict[str, Any]) -> bool:
+        """Whether the group's parameters are updated by AdamW as they are."""
+        return True
+
+    def _begin_update(self, p: Tensor) -> None:
+        """Make final what `reduce_gradient` prepared."""
+
+    def _update(self, p: Tensor, reduced: Tensor) -> None:
+        self._update_plain([p], [reduced], self.slot(p).group)
+
+    def _written_by_update(self, p: Tensor) -> list[Tensor]:
+        """The tensors (or views of the parts) on the device that `_update` is about to change."""
+        return [p, *(tensor for key, tensor in self.state[p].items() if key in ("exp_avg", "exp_avg_sq", "master"))]
+
+    def _update_plain(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
+        states = [self.state[p] for p in params]
+        for state in states:
+            state["step"] += 1
+        weights = [self._working_weight(p) for p in params]
+        adam.adamw_(
+            weights,
+            [grad.to(weight.dtype) for grad, weight in zip(grads, weights, strict=True)],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [int(state["step"]) for state in states],
+            lr=float(group["lr"]),
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+        for p, weight in zip(params, weights, strict=True):
+            self._store_weight(p, weight)
+
+    # ----------------------------------------------------------------------------------------------------------- weights
+    def _working_weight(self, p: Tensor) -> Tensor:
+        """The tensor that the arithmetic of an update changes in place: the fp32 weight itself, its master, or a widened copy."""
+        return self.state[p].get("master", p if p.dtype == compute_dtype(p) else p.to(torch.float32))
+
+    def _store_weight(self, p: Tensor, weight: Tensor) -> None:
+        """Round an updated working weight into the parameter."""
+        if weight is p:
+            return
+        slot = self.slot(p)
+        if slot.group["rounding"] == "stochastic" and p.dtype == torch.bfloat16:
+            counters = (ROUNDING_STREAM, slot.index, int(self.state[p]["step"]))
+            stochastic_round_(p, weight, generator_for(p.device, slot.group["seed"], *counters))
+        else:
+            p.copy_(weight)

@@ -1,0 +1,56 @@
+"""Which parameters of a model are projected: parameter groups for GaLore and its relatives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+
+def low_rank_groups(
+    model: nn.Module,
+    *,
+    rank: int,
+    update_proj_gap: int = 200,
+    scale: float = 0.25,
+    targets: Sequence[str] | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Two groups of (name, parameter) pairs that hold every trainable parameter once: plain AdamW first, then the projected matrices.
+
+    Projected are the weights of `nn.Linear` layers whose shorter side is above `rank`, but no embedding or head: no weight that an
+    `nn.Embedding` shares, and none with a name that has a part ending in "head" or containing "embed". In a LLaMA these are the
+    attention and MLP matrices. With `targets`, the matrices whose name contains any of these strings are projected instead, whatever
+    their layer. `options` go to the projected group.
+
+    Raises ValueError if nothing is left to project, or a target matches no matrix.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]  # a tied weight comes once, under its first name
+    if targets is None:
+        linear = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
+        embedded = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+        low_rank = {name for name, p in named if p in linear - embedded and min(p.shape) > rank and not _is_embedding_or_head(name)}
+    else:
+        matrices = [name for name, p in named if p.ndim == 2]
+        unmatched = [target for target in targets if not any(target in name for name in matrices)]
+        if unmatched:
+            raise ValueError(f"targets {unmatched} match no trainable matrix; the matrices are: {', '.join(matrices) or 'none'}")
+        low_rank = {name for name in matrices if any(target in name for target in targets)}
+    if not low_rank:
+        raise ValueError(
+            f"no matrix to project: rank = {rank} must be below the shorter side of at least one linear layer "
+            "that is neither embedding nor head (or name some with targets=[...])"
+        )
+    plain = {"params": [(name, p) for name, p in named if name not in low_rank]}
+    projected = {
+        "params": [(name, p) for name, p in named if name in low_rank],
+        "rank": rank,
+        "update_proj_gap": update_proj_gap,
+        "scale": scale,
+    }
+    return [group for group in (plain, projected | options) if group["params"]]
+
+
+def _is_embedding_or_head(name: str) -> bool:
+    return any(part.endswith("head") or "embed" in part for part in name.lower().split("."))

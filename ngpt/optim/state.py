@@ -1,0 +1,51 @@
+"""Optimizer state as plain tensors: how many bytes of each kind, whether a saved one fits, and copying it without a change of dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+KIND = {
+    "basis": "basis",
+    "exp_avg": "moments",
+    "exp_avg_sq": "moments",
+    "history": "fisher",
+    "gram": "fisher",
+    "master": "master",
+}  # every other tensor of the state is a counter: "other"
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes of state by kind: basis, moments, fisher, master, other (counters) and total. Exact: every tensor is counted once."""
+    sizes: dict[str, int] = dict.fromkeys(("basis", "moments", "fisher", "master", "other"), 0)
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                sizes[KIND.get(key, "other")] += value.numel() * value.element_size()
+    return sizes | {"total": sum(sizes.values())}
+
+
+def check_state_fits(own: list[tuple[str, dict[str, Tensor]]], saved: list[Mapping[str, Tensor]]) -> None:
+    """Raises ValueError, naming the first parameter (`own` holds names and states), if saved state has other keys, shapes or dtypes."""
+    if len(own) != len(saved):
+        raise ValueError(f"the saved state is of {len(saved)} parameters, this optimizer has {len(own)}")
+    for (name, tensors), incoming in zip(own, saved, strict=True):
+        if set(tensors) != set(incoming):
+            raise ValueError(
+                f"{name}: the saved state has {sorted(incoming)}, this optimizer keeps {sorted(tensors)}; "
+                "it was saved by another optimizer or with other settings"
+            )
+        for key, tensor in tensors.items():
+            if tensor.shape != incoming[key].shape or tensor.dtype != incoming[key].dtype:
+                raise ValueError(
+                    f"{name}: the saved {key} is {incoming[key].dtype} {tuple(incoming[key].shape)}, this optimizer keeps "
+                    f"{tensor.dtype} {tuple(tensor.shape)}; it was saved with other settings (rank, history, precision, ...)"
+                )
+
+
+def copy_state_(own: dict[str, Tensor], incoming: Mapping[str, Tensor]) -> None:
+    """Copy the values of `incoming` into the tensors of `own`, which keep their device."""
+    for key, tensor in own.items():
+        tensor.copy_(incoming[key])
