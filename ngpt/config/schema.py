@@ -13,7 +13,7 @@ from typing import Any, Optional
 from omegaconf import MISSING
 
 # OmegaConf resolves annotations with typing.get_type_hints and does not read `X | None` on every Python that we support.
-# ruff: noqa: UP045
+# ruff: noqa: UP045, RUF009
 
 
 def setting(
@@ -70,7 +70,7 @@ class DataConfig:
     shuffle_window: int = setting(2048, "documents (tokenized: rows) shuffled together, per stream (0 or 1: keep the order)", at_least=0)
     streams: int = setting(8, "most logical streams that rows are drawn from in turn; fixes the order for any number of ranks", at_least=1)
     holdout_every: int = setting(50, "where no val_files are given, every n-th document is held out for evaluation", at_least=2)
-    max_bad_documents: int = setting(100, "bad documents (broken JSON, missing text, ...) that are skipped before the run stops", at_least=0)
+    max_bad_documents: int = setting(100, "bad documents (broken JSON, missing text, ...) skipped before the run stops", at_least=0)
     prefetch_batches: int = setting(8, "micro-batches prepared ahead of the model", at_least=1)
 
 
@@ -154,7 +154,8 @@ class GaLoreConfig(OptimizerConfig):
     rank: int = setting(128, "rank of the projected gradients", at_least=1)
     update_proj_gap: int = setting(200, "updates between refreshes of a matrix's subspace", at_least=1)
     scale: float = setting(0.25, "factor on the lifted update (alpha of the papers)", above=0)
-    subspace: str = setting("svd", "how a basis is found: exact SVD or a warm-started randomized range finder", choices=("svd", "randomized"))
+    subspace: str = setting("svd", "how a basis is found: exact SVD or a warm-started randomized range finder",
+                            choices=("svd", "randomized"))
     on_refresh: str = setting("keep", "what happens to moments when the basis changes (keep is the published GaLore)",
                               choices=("rotate", "keep", "reset"))
     stagger: bool = setting(False, "spread the refreshes of different matrices over update_proj_gap steps")
@@ -215,7 +216,7 @@ class ConstantSchedulerConfig(SchedulerConfig):
 @dataclass
 class TrainerConfig:
     max_steps: Optional[int] = setting(None, "optimizer updates in the run (or give max_tokens)", at_least=1)
-    max_tokens: Optional[int] = setting(None, "token positions in the run, global_batch_size * seq_len a step (or give max_steps)", at_least=1)
+    max_tokens: Optional[int] = setting(None, "token positions in the run, global_batch_size * seq_len a step (or max_steps)", at_least=1)
     global_batch_size: int = setting(512, "sequences per update, over all ranks and micro-batches", at_least=1)
     micro_batch_size: int = setting(16, "sequences per forward pass, per rank", at_least=1)
     seq_len: int = setting(256, "tokens per sequence", at_least=1)
@@ -284,9 +285,35 @@ class RunConfig:
     checkpoint: CheckpointConfig = MISSING
     logger: LoggerConfig = MISSING
     eval: EvalConfig = MISSING
-    run: RunSectionConfig = MISSING
+    run: RunSectionConfig = dataclasses.field(default_factory=RunSectionConfig)
     seed: int = setting(0, "of the initial weights, of the data order and of stochastic rounding", at_least=0)
-    resume: str = setting("auto", "auto: continue from the newest checkpoint of the run folder; never: refuse to touch one; or a step folder")
+    resume: str = setting("auto", "auto: continue from the run folder's newest checkpoint; never: refuse to touch one; or a step folder")
+
+
+# The variants of each group. Each is registered as schema_<name>, which the files of conf/<group>/ extend.
+GROUPS: dict[str, dict[str, type]] = {
+    "model": {"model": ModelConfig},
+    "tokenizer": {"tokenizer": TokenizerConfig},
+    "data": {
+        "builtin": BuiltinDataConfig,
+        "local_c4": LocalC4DataConfig,
+        "c4": C4DataConfig,
+        "tokenized": TokenizedDataConfig,
+        "synthetic": SyntheticDataConfig,
+    },
+    "optimizer": {"adamw": AdamWConfig, "galore": GaLoreConfig, "natural_galore": NaturalGaLoreConfig},
+    "scheduler": {
+        "cosine": CosineSchedulerConfig,
+        "linear": LinearSchedulerConfig,
+        "wsd": WSDSchedulerConfig,
+        "constant": ConstantSchedulerConfig,
+    },
+    "trainer": {"trainer": TrainerConfig},
+    "engine": {"engine": EngineConfig},
+    "checkpoint": {"checkpoint": CheckpointConfig},
+    "logger": {"logger": LoggerConfig},
+    "eval": {"eval": EvalConfig},
+}
 
 
 def steps_in_run(trainer: TrainerConfig) -> int:
@@ -296,6 +323,18 @@ def steps_in_run(trainer: TrainerConfig) -> int:
     assert trainer.max_tokens is not None
     positions_per_step = trainer.global_batch_size * trainer.seq_len
     return -(-trainer.max_tokens // positions_per_step)
+
+
+def warmup_steps_in_run(scheduler: SchedulerConfig, total_steps: int) -> int:
+    """Updates of warm-up: `warmup_steps`, or `warmup_fraction` of the run where that is null."""
+    if scheduler.warmup_steps is not None:
+        return scheduler.warmup_steps
+    return round(scheduler.warmup_fraction * total_steps)
+
+
+def decay_steps_in_run(scheduler: WSDSchedulerConfig, total_steps: int) -> int:
+    """Updates at the end of the run over which WSD lowers the rate."""
+    return round(scheduler.decay_fraction * total_steps)
 
 
 def checkpointing_interval(trainer: TrainerConfig) -> int:

@@ -1,0 +1,80 @@
+"""Rules about what is on disk: the tokenizer, the globs of shards, the checkpoint to resume from. Nothing is opened."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ngpt.config.problems import problem
+from ngpt.config.schema import LocalC4DataConfig, RunConfig, TokenizedDataConfig
+from ngpt.config.suggest import nearest
+
+
+def file_problems(config: RunConfig) -> Iterator[str]:
+    """A line for every path of `config` that is missing or of the wrong kind."""
+    yield from _tokenizer_problems(config)
+    if isinstance(config.data, LocalC4DataConfig | TokenizedDataConfig):
+        yield from _shard_problems(config.data)
+    yield from _resume_problems(config.resume)
+    if os.path.exists(config.run.dir) and not os.path.isdir(config.run.dir):
+        yield problem("run.dir", config.run.dir, "must be a folder, this is a file", "set run.dir=runs")
+
+
+def _tokenizer_problems(config: RunConfig) -> Iterator[str]:
+    path = config.tokenizer.path
+    if config.data.name == "synthetic" or (path is not None and os.path.isfile(path)):
+        return
+    target = "tokenizer.model"
+    if path is None:
+        rule = f"data={config.data.name} needs a SentencePiece model"
+    elif os.path.isdir(path):
+        rule = "must be a SentencePiece .model file, this is a folder"
+    else:
+        rule, target = "no such file", path
+    source = "--files 'GLOB'"
+    if config.data.name == "builtin":
+        source = "--builtin"
+    elif isinstance(config.data, LocalC4DataConfig) and config.data.train_files:
+        source = f"--files {' '.join(repr(pattern) for pattern in config.data.train_files)}"
+    fix = f"train one: python -m data_prep.train_tokenizer {source} --vocab-size {config.model.vocab_size} --out {target}"
+    if os.path.basename(target) == "spiece.model":
+        fix = f"bring spiece.model of t5-base from the hub, or {fix}"
+    yield problem("tokenizer.path", path, rule, fix if target == path else f"{fix} and set tokenizer.path={target}")
+
+
+def _shard_problems(data: LocalC4DataConfig | TokenizedDataConfig) -> Iterator[str]:
+    fix = "set 'data.{}=[\"" + ("corpus/*.json.gz" if isinstance(data, LocalC4DataConfig) else "tokens/*") + "\"]'"
+    if not data.train_files:
+        yield problem("data.train_files", [], f"data={data.name} needs files to train on", fix.format("train_files"))
+    matches: dict[str, set[str]] = {}
+    for setting, patterns in (("train_files", data.train_files), ("val_files", data.val_files)):
+        found = {pattern: glob.glob(pattern, recursive=True) for pattern in patterns}
+        matches[setting] = {_identity(name) for names in found.values() for name in names}
+        for pattern in (pattern for pattern, names in found.items() if not names):
+            yield problem(f"data.{setting}", pattern, f"matches no file (working directory {os.getcwd()})", fix.format(setting))
+    shared = sorted(matches["train_files"] & matches["val_files"])
+    if shared:
+        rule = f"must share no file with train_files, both match {shared[0]}" + (f" and {len(shared) - 1} more" if shared[1:] else "")
+        yield problem("data.val_files", data.val_files, rule, "narrow one of the globs")
+
+
+def _identity(name: str) -> str:
+    """One name for a file however it was written, and for a folder of token shards and its manifest."""
+    path = os.path.realpath(name)
+    return os.path.dirname(path) if os.path.basename(path) == "manifest.json" else path
+
+
+def _resume_problems(resume: str) -> Iterator[str]:
+    if resume in ("auto", "never"):
+        return
+    if not os.path.isdir(resume):
+        guess = nearest(resume, ("auto", "never"))
+        fix = f"did you mean resume={guess}?" if guess else "set resume=runs/NAME/checkpoints/step-0001000"
+        yield problem("resume", resume, "must be auto, never or an existing step folder", fix)
+    elif os.path.isdir(os.path.join(resume, "checkpoints")):
+        fix = f"set resume=auto with run.name={Path(resume).name}, or resume={resume}/checkpoints/step-..."
+        yield problem("resume", resume, "must be a step folder, this is a run folder", fix)
+    elif not os.path.exists(os.path.join(resume, ".complete")):
+        yield problem("resume", resume, "is no finished checkpoint, it has no file .complete", "choose another step folder, or resume=auto")
