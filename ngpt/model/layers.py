@@ -14,7 +14,10 @@ def draw_normal_(weight: Tensor, std: float) -> None:
     """Fill `weight` in place from a normal distribution, drawn in fp32 on the CPU and cast.
 
     The numbers then depend on torch's seed alone, not on the device or the default dtype that the model is built with.
+    A meta tensor, which has no numbers, is left alone.
     """
+    if weight.is_meta:
+        return
     drawn = torch.empty(weight.shape, dtype=torch.float32, device="cpu").normal_(0.0, std)
     with torch.no_grad():
         weight.copy_(drawn)

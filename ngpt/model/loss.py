@@ -105,7 +105,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, without a temporary where the types allow."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
+        torch.addmm(total, a, b, out=total)  # `addmm_` is the same, but torch.utils.flop_counter does not count it
     else:
         total += a @ b
 
