@@ -166,7 +166,7 @@ def _expected(key: str, text: str, config: DictConfig) -> tuple[str, str]:
     inner = typing.get_args(wanted)
     kind = next((kind for kind in (*inner, wanted) if kind in _KINDS), str)
     if typing.get_origin(wanted) is list:
-        return f"must be a list, each item {_KINDS[kind]}", f"write '{key}=[...]' in quotes"
+        return f"must be a list, each item {_KINDS[kind]}", f"write {key}='[...]'"
     rule = f"must be {_KINDS[kind]}" + (" or null" if type(None) in inner else "")
     number = _plain_number(text) if kind is int else None
     return rule, f"write {key}={number}" if number is not None else "see docs/configuration.md"

@@ -45,7 +45,7 @@ def _tokenizer_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _shard_problems(data: LocalC4DataConfig | TokenizedDataConfig) -> Iterator[str]:
-    fix = "set 'data.{}=[\"" + ("corpus/*.json.gz" if isinstance(data, LocalC4DataConfig) else "tokens/*") + "\"]'"
+    fix = "set data.{}='[" + ("corpus/*.json.gz" if isinstance(data, LocalC4DataConfig) else "tokens/*") + "]'"
     if not data.train_files:
         yield problem("data.train_files", [], f"data={data.name} needs files to train on", fix.format("train_files"))
     matches: dict[str, set[str]] = {}

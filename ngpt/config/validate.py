@@ -201,7 +201,7 @@ def _rank(config: RunConfig, world_size: int) -> Iterator[str]:
 def _betas(config: RunConfig, world_size: int) -> Iterator[str]:
     betas = config.optimizer.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        yield problem("optimizer.betas", betas, "must be two numbers, each at least 0 and below 1", "set 'optimizer.betas=[0.9,0.999]'")
+        yield problem("optimizer.betas", betas, "must be two numbers, each at least 0 and below 1", "set optimizer.betas='[0.9,0.999]'")
 
 
 @_rule("trainer.global_batch_size", "trainer.micro_batch_size", "trainer.grad_clip")
