@@ -15,12 +15,12 @@ import os
 import platform
 import re
 import sysconfig
-import tempfile
 import textwrap
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ngpt.data.atomic import atomic_file
 from ngpt.data.documents import JSON, DataError, Document, Share, Split, StreamTally
 from ngpt.data.seeding import permutation
 
@@ -37,8 +37,8 @@ _DRAWING = re.compile(r"[-=+|_/\\*#.]{4,}| \| ")
 _ROLE = re.compile(r":[\w:]+:`([^`]*)`")
 _WORD = re.compile(r"[A-Za-z][a-z']*[,.;:!?)]*$")
 _COMMON = frozenset(
-    ["a", "an", "and", "are", "as", "at", "be", "by", "can", "for", "from", "has", "if", "in", "is", "it", "not", "of", "on", "or"]
-    + ["that", "the", "this", "to", "was", "when", "which", "will", "with", "you"]
+    ("a", "an", "and", "are", "as", "at", "be", "by", "can", "for", "from", "has", "if", "in", "is", "it", "not", "of", "on")
+    + ("or", "that", "the", "this", "to", "was", "when", "which", "will", "with", "you")
 )
 
 
@@ -84,13 +84,10 @@ def _cache_file() -> Path:
 
 
 def _write_cache(cache: Path, documents: list[Document]) -> None:
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=cache.parent, prefix=cache.name)
-    with open(descriptor, "w", encoding="utf-8") as out:
-        for document in documents:
-            out.write(json.dumps({"text": document.text, "file": document.file, "line": document.line}) + "\n")
-        out.write(json.dumps({"documents": len(documents)}) + "\n")
-    os.replace(temporary, cache)
+    records = [{"text": document.text, "file": document.file, "line": document.line} for document in documents]
+    with atomic_file(cache) as out:
+        for record in [*records, {"documents": len(documents)}]:
+            out.write(json.dumps(record).encode() + b"\n")
 
 
 def _files(library: Path) -> list[Path]:

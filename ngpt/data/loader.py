@@ -37,7 +37,7 @@ def build_train_loader(
 ) -> TrainLoader:
     """Endless training micro-batches of this rank. Raises DataError for files, tokenizers and sizes that do not fit."""
     _check_vocabulary(data, tokenizer, vocab_size)
-    eos_id, pad_id = _special_ids(tokenizer)
+    eos_id, pad_id = _special_ids(data, tokenizer)
     executor = ThreadPoolExecutor(_READER_THREADS, thread_name_prefix="ngpt-read")
     skipped = SkippedDocuments(data.max_bad_documents)
     settings: dict[str, JSON] = {"source": data.name, "seed": seed, "seq_len": seq_len, "packing": data.packing}
@@ -93,7 +93,7 @@ def build_eval_batches(
     Raises DataError if nothing is held out.
     """
     _check_vocabulary(data, tokenizer, vocab_size)
-    eos_id, pad_id = _special_ids(tokenizer)
+    eos_id, pad_id = _special_ids(data, tokenizer)
     skipped = SkippedDocuments(data.max_bad_documents)
     if isinstance(data, SyntheticDataConfig):
         stream = SyntheticBlocks(SyntheticLanguage(vocab_size, data.document_tokens, seed), "eval")
@@ -136,9 +136,11 @@ def _check_vocabulary(data: DataConfig, tokenizer: Tokenizer | None, vocab_size:
         )
 
 
-def _special_ids(tokenizer: Tokenizer | None) -> tuple[int, int]:
+def _special_ids(data: DataConfig, tokenizer: Tokenizer | None) -> tuple[int, int]:
     """(EOS, padding)."""
-    return (EOS_ID, PAD_ID) if tokenizer is None else (tokenizer.eos_id, tokenizer.pad_id)
+    if tokenizer is None or isinstance(data, SyntheticDataConfig):
+        return EOS_ID, PAD_ID
+    return tokenizer.eos_id, tokenizer.pad_id
 
 
 def _rows(blocks: TextBlocks | SyntheticBlocks, data: DataConfig, seq_len: int, *, eos_id: int, pad_id: int) -> RowSource:
