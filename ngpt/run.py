@@ -19,14 +19,17 @@ import yaml
 from ngpt.checkpoint import resume, store
 from ngpt.config.schema import RunConfig, checkpointing_interval, steps_in_run
 from ngpt.config.validate import ConfigError, vocabulary_problem
-from ngpt.data.loader import TrainLoader, build_eval_batches, build_train_loader
+from ngpt.data.batch import Batch
+from ngpt.data.documents import DataError
+from ngpt.data.loader import build_eval_batches, build_train_loader
 from ngpt.data.tokenizer import Tokenizer
+from ngpt.data.train_loader import TrainLoader
 from ngpt.data.unigram import unigram_perplexity
 from ngpt.dist.process_group import choose_device, random_state, ranks_from_environment, seed_everything, set_random_state
 from ngpt.engine.local import LocalEngine, weight_dtype
 from ngpt.loop.evaluate import EvalResult, evaluate
 from ngpt.loop.stop import stop_on_signals
-from ngpt.loop.train_loop import Progress, train_loop
+from ngpt.loop.train_loop import Progress, TrainingDiverged, train_loop
 from ngpt.loop.train_step import StepResult
 from ngpt.model import cost
 from ngpt.model.llama import LlamaForCausalLM, compile_blocks
@@ -37,7 +40,12 @@ from ngpt.telemetry.metrics import StepMetrics, device_memory, device_peak_flops
 from ngpt.telemetry.plot import plot_run
 from ngpt.telemetry.sinks import JsonlSink, WandbSink
 
+__all__ = ["USER_ERRORS", "Run", "TrainingDiverged", "due"]
+
 logger = logging.getLogger(__name__)
+
+# Mistakes that a user can mend: their texts say how, and a traceback would only hide that.
+USER_ERRORS = (ConfigError, DataError, store.CheckpointError)
 
 
 def due(every_steps: int, step: int) -> bool:
@@ -83,11 +91,14 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         configure_logging(self.folder if self.ranks.is_main else None)
         self.stop = self._resources.enter_context(stop_on_signals())
-        self.device = choose_device(trainer.device, self.ranks)
+        try:
+            self.device = choose_device(trainer.device, self.ranks)
+        except ValueError as error:
+            raise ConfigError([str(error)]) from error
 
         self.tokenizer = Tokenizer.load(config.tokenizer.path) if config.tokenizer.path else None
         if self.tokenizer and (problem := vocabulary_problem(config.model.vocab_size, self.tokenizer.vocab_size)):
-            raise ConfigError(problem)
+            raise ConfigError([problem])
         self.settings = resume.settings_of(config, tokenizer_fingerprint=self.tokenizer.fingerprint if self.tokenizer else None)
         self.store = store.CheckpointStore(self.folder / "checkpoints", keep=config.checkpoint.keep)
         checkpoint = self._checkpoint_to_resume()
@@ -123,7 +134,7 @@ class Run:
             pin_memory=self.device.type == "cuda",
         )
 
-    def _eval_batches(self) -> list[Any]:
+    def _eval_batches(self) -> list[Batch]:
         config, trainer = self.config, self.config.trainer
         return build_eval_batches(
             config.data,
@@ -250,10 +261,11 @@ class Run:
     def at_end(self) -> bool:
         return self.progress.step >= self.total_steps
 
-    @property
-    def finished_before(self) -> bool:
-        """Whether there was nothing left to do when the run was started."""
-        return self.resumed_step >= self.total_steps
+    def nothing_left(self) -> int:
+        """Say that the run was finished before, and how to go on. Returns the exit code."""
+        logger.info("%s is finished already: step %d of %d; for another run give run.name=SOMETHING_ELSE", self.folder, self.progress.step, self.total_steps)
+        logger.info("train longer: %s", command_line(self._arguments_for_more()))
+        return 0
 
     def record(self, result: StepResult) -> None:
         """Send a result to the console, to metrics.jsonl and to W&B, if its step is one that is logged."""
@@ -331,11 +343,16 @@ class Run:
             share = self._last_eval.perplexity / unigram
             logger.info("held-out perplexity %.2f; a unigram model of the same training tokens: %.2f (%.3f of it)", self._last_eval.perplexity, unigram, share)
         logger.info("metrics %s | picture %s | newest checkpoint %s", self.folder / "metrics.jsonl", picture, self.store.newest())
-        more = [] if not self.at_end else [f"trainer.max_steps={2 * self.total_steps}"]
-        if more and self.config.trainer.max_tokens:
-            more = [f"trainer.max_tokens={2 * self.config.trainer.max_tokens}"]
-        kept = [a for a in self.arguments if not more or not a.startswith(more[0].partition("=")[0] + "=")]
-        logger.info("%s: %s", "train longer" if self.at_end else "continue", command_line([*kept, *more]))
+        if self.at_end:
+            logger.info("train longer: %s", command_line(self._arguments_for_more()))
+        else:
+            logger.info("continue: %s", command_line(self.arguments))
+
+    def _arguments_for_more(self) -> list[str]:
+        """This run's arguments with twice its length."""
+        setting, value = ("trainer.max_tokens", self.config.trainer.max_tokens) if self.config.trainer.max_tokens else ("trainer.max_steps", self.total_steps)
+        assert value is not None
+        return [argument for argument in self.arguments if not argument.startswith(f"{setting}=")] + [f"{setting}={2 * value}"]
 
     def _unigram_reference(self) -> dict[str, float]:
         if not (self.at_end and self.config.eval.unigram_baseline and self.eval_batches):

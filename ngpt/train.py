@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 import hydra
 from omegaconf import DictConfig
 
 from ngpt.config.compose import (
     CONF_DIR,
-    config_of_job,
+    check_arguments,
     refuse_multirun_under_launcher,
     register_schema,
+    run_name_in_sweep,
     strip_launcher_arguments,
+    to_run_config,
 )
 from ngpt.config.schema import RunConfig
 from ngpt.config.validate import ConfigError, validate
+
+EXIT_USER_ERROR = 2
+EXIT_DIVERGED = 3
 
 
 def train(config: RunConfig, arguments: list[str]) -> int:
@@ -28,6 +34,8 @@ def train(config: RunConfig, arguments: list[str]) -> int:
     from ngpt.run import Run, due  # noqa: PLC0415  (imports torch, see above)
 
     with Run(config, arguments) as run:
+        if run.at_end:
+            return run.nothing_left()
         for result in run.steps():
             run.record(result)
             if due(config.eval.every_steps, result.step) and not run.at_end:
@@ -43,4 +51,50 @@ def train(config: RunConfig, arguments: list[str]) -> int:
 
 
 def main() -> None:
-    """Entry point: exits with the code of `train`, with 2 and a message for a mistake of the user's."""
+    """Entry point: exits with the code of `train`; with 2 and a message for a mistake of the user's; with 3 for a run that diverged."""
+    arguments = strip_launcher_arguments(sys.argv[1:])
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        refuse_multirun_under_launcher(arguments, world_size)
+        check_arguments(arguments)
+    except ConfigError as error:
+        _exit_with(error, EXIT_USER_ERROR)
+    exit_codes: list[int] = []
+
+    @hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")
+    def job(composed: DictConfig) -> None:
+        exit_codes.append(_run_job(composed, arguments, world_size))
+
+    sys.argv = [sys.argv[0], *arguments]
+    register_schema()
+    job()
+    sys.exit(max(exit_codes, default=0))
+
+
+def _run_job(composed: DictConfig, arguments: list[str], world_size: int) -> int:
+    try:
+        config = to_run_config(composed)
+        config.run.name = run_name_in_sweep(config.run.name, arguments)
+        validate(config, world_size=world_size)
+    except ConfigError as error:
+        _exit_with(error, EXIT_USER_ERROR)
+    from ngpt.run import USER_ERRORS, TrainingDiverged  # noqa: PLC0415  (imports torch, see above)
+
+    try:
+        code = train(config, arguments)
+    except USER_ERRORS as error:
+        _exit_with(error, EXIT_USER_ERROR)
+    except TrainingDiverged as error:
+        _exit_with(error, EXIT_DIVERGED)
+    if code:
+        sys.exit(code)  # stopped by a signal: the jobs of a sweep that are left must not start
+    return code
+
+
+def _exit_with(error: Exception, code: int) -> NoReturn:
+    sys.stderr.write(f"\n{error}\n")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

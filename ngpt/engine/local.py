@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ngpt.engine.base import UpdateOutcome
-from ngpt.optim import state_bytes
-from ngpt.optim.per_layer_hook import PerLayerUpdates, attach
+from ngpt.optim import AdamW, state_bytes
+from ngpt.optim.per_layer_hook import attach
 
 
 def weight_dtype(precision: str) -> torch.dtype:
@@ -32,7 +32,7 @@ class LocalEngine:
     def __init__(
         self,
         build_model: Callable[[], nn.Module],
-        build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        build_optimizer: Callable[[nn.Module], AdamW],
         *,
         device: torch.device,
         dtype: torch.dtype,
@@ -45,11 +45,7 @@ class LocalEngine:
         self._peak_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self._grad_clip = grad_clip
         self._loss_divisor = 1.0
-        self._gradients: PerLayerUpdates | _WholeGradients
-        if apply == "whole":
-            self._gradients = _WholeGradients(self.optimizer)
-        else:
-            self._gradients = attach(self.optimizer, apply=apply)
+        self._gradients = _WholeGradients(self.optimizer) if apply == "whole" else _PerLayerGradients(self.optimizer, apply)
 
     def begin_update(self, *, lr_multiplier: float, loss_divisor: float, num_micro_batches: int) -> None:
         self.model.train()
@@ -60,8 +56,7 @@ class LocalEngine:
 
     def accumulate(self, inputs: Mapping[str, Tensor]) -> Tensor:
         loss_sum = self.model(**self._on_device(inputs))
-        self._gradients.begin_micro_batch()
-        (loss_sum / self._loss_divisor).backward()
+        self._gradients.backward(loss_sum / self._loss_divisor)
         return loss_sum.detach()
 
     def finish_update(self, loss: Tensor) -> UpdateOutcome:
@@ -118,16 +113,16 @@ class LocalEngine:
 
 
 class _WholeGradients:
-    """Plain backward: every gradient stays in `.grad` until the update. Same calls as `PerLayerUpdates`."""
+    """Plain backward: every gradient stays in `.grad` until the update."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: AdamW) -> None:
         self._optimizer = optimizer
 
     def begin_update(self, num_micro_batches: int) -> None:
         self._optimizer.zero_grad(set_to_none=True)
 
-    def begin_micro_batch(self) -> None:
-        """Autograd adds up by itself."""
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
 
     def _grads(self) -> list[Tensor]:
         return [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -147,3 +142,36 @@ class _WholeGradients:
 
     def discard(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
+
+
+class _PerLayerGradients:
+    """Per-layer updates (`ngpt.optim.per_layer_hook`) behind the same calls."""
+
+    def __init__(self, optimizer: AdamW, apply: str) -> None:
+        self._updates = attach(optimizer, apply=apply)
+
+    def begin_update(self, num_micro_batches: int) -> None:
+        self._updates.begin_update(num_micro_batches)
+
+    def backward(self, loss: Tensor) -> None:
+        self._updates.begin_micro_batch()
+        # An immediate update cannot be taken back, so a loss that is not finite must not reach backward at all.
+        if not self._updates.immediate or bool(torch.isfinite(loss)):
+            loss.backward()
+
+    def live_bytes(self) -> int:
+        return self._updates.live_bytes()
+
+    def norm(self) -> Tensor:
+        """Of the full gradient where it existed as a whole; with several micro-batches, of what was accumulated."""
+        full = self._updates.full_norm()
+        return self._updates.norm() if full is None else full
+
+    def scale_(self, factor: float) -> None:
+        self._updates.scale_(factor)
+
+    def step(self) -> None:
+        self._updates.step()
+
+    def discard(self) -> None:
+        self._updates.discard()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ngpt.data.loader import Batch
+from ngpt.data.batch import Batch
 from ngpt.engine.base import Engine
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
-from ngpt.data.loader import Batch
+from ngpt.data.batch import Batch
 from ngpt.engine.base import Engine
 from ngpt.loop.train_step import StepResult, train_step
 

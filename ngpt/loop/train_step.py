@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ngpt.data.loader import Batch
+from ngpt.data.batch import Batch
 from ngpt.engine.base import Engine
 
 
