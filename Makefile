@@ -10,10 +10,11 @@ py := $(VENV)/bin/python
 inputs := pyproject.toml constraints.txt install.sh
 installed := $(VENV)/.installed
 installed_dev := $(VENV)/.installed-dev
+installed_types := $(VENV)/.installed-types
 tokenizer := runs/quickstart/tokenizer.model
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-fast lint format map docs clean
+.PHONY: help install train test test-fast lint types format map docs clean
 
 help: ## list the targets
 	@echo "make TARGET [VENV=.venv] [PYTHON=python3] [TORCH=auto|cpu|cuda] [ARGS=\"overrides of train\"] [PYTEST_ARGS=...]"
@@ -41,6 +42,9 @@ test-fast: $(installed_dev) ## run the tests that are not marked slow
 lint: $(installed_dev) ## check the code with ruff
 	$(py) -m ruff check .
 
+types: $(installed_types) ## check the annotations with pyright
+	$(py) -m basedpyright
+
 format: $(installed_dev) ## let ruff repair what it can
 	$(py) -m ruff check --fix .
 
@@ -62,6 +66,10 @@ $(installed): $(inputs)
 $(installed_dev): $(inputs)
 	bash install.sh $(VENV) dev
 	@touch $@ $(installed)
+
+$(installed_types): $(installed_dev)
+	bash install.sh $(VENV) dev,types
+	@touch $@
 
 $(tokenizer): | $(installed)
 	$(py) -m data_prep.train_tokenizer --builtin --vocab-size 4096 --out $@

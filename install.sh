@@ -25,8 +25,9 @@ command -v "$python" >/dev/null || fail "no '$python' on this machine." "Install
 # An environment whose interpreter is gone (an upgraded system, a moved folder) is made anew.
 "$venv/bin/python" -c 'import pip' 2>/dev/null || "$python" -m venv --clear "$venv"
 
-# Through the environment the pins also hold where pip builds a package that has no wheel (older pip reads the first name there).
-export PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
+# Packages without a wheel are built apart from the environment, even by an old pip: beside torch, DeepSpeed's setup looks for a GPU.
+# Set as variables, the pins hold there too (an old pip reads the first of the two, a new one the second).
+export PIP_USE_PEP517=1 PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0 PIP_NO_INPUT=1
 pip_install() { "$venv/bin/python" -m pip install --quiet "$@"; }
 
