@@ -83,13 +83,12 @@ def check_arguments(argv: Sequence[str], *, world_size: int = 1, check_files: bo
     choices, choice_problems = _group_choices(overrides)
     problems += choice_problems
     values = [override for override in overrides if override.key_or_group not in choices | GROUPS.keys() | {"experiment"}]
-    config = _compose([])
-    for combination in itertools.product(*choices.values()):
-        config = _compose([f"{group}={choice}" for group, choice in zip(choices, combination, strict=True)])
-        problems += [line for override in values for line in _override_problems(override, config)]
+    jobs = itertools.product(*([f"{group}={choice}" for choice in chosen] for group, chosen in choices.items()))
+    configs = [_compose(list(job)) for job in jobs]
+    problems += [line for config in configs for override in values for line in _override_problems(override, config)]
     if problems:
         named = {line.partition(" = ")[0].lstrip("+") for line in problems}
-        problems += [line for line in _problems_of(config, world_size, check_files) if line.partition(" = ")[0] not in named]
+        problems += [line for line in _problems_of(configs[0], world_size, check_files) if line.partition(" = ")[0] not in named]
         raise ConfigError(list(dict.fromkeys(problems)))
 
 
@@ -231,10 +230,10 @@ def _wrapped(words: list[str]) -> str:
 
 def to_run_config(cfg: DictConfig) -> RunConfig:
     """The typed configuration of what Hydra composed. Raises ConfigError for missing values and for keys outside the schema."""
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise ConfigError([f"{key} = ???: has no value; give {key}=..." for key in missing])
     try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            raise ConfigError([problem(key, "???", "has no value", f"give {key}=...") for key in missing])
         config = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         raise ConfigError([f"{error.full_key or 'configuration'} = ?: {str(error).splitlines()[0]}; correct the value"]) from error

@@ -61,7 +61,7 @@ def settings() -> dict[str, list[str]]:
 
 def nearest(word: str, accepted: Iterable[str]) -> str | None:
     """The accepted word that looks most like `word`, if any does."""
-    return next(iter(difflib.get_close_matches(word, list(accepted), n=1, cutoff=0.6)), None)
+    return next(iter(difflib.get_close_matches(word, list(accepted), n=1, cutoff=0.7)), None)
 
 
 def nearest_settings(key: str) -> list[str]:

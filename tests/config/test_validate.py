@@ -1,0 +1,351 @@
+"""Validation: what every rule says, all of it at once, and nothing about configurations that are right."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ngpt.config.schema import (
+    AdamWConfig,
+    BuiltinDataConfig,
+    C4DataConfig,
+    GaLoreConfig,
+    LocalC4DataConfig,
+    ModelConfig,
+    RunConfig,
+    TokenizedDataConfig,
+    WSDSchedulerConfig,
+)
+from ngpt.config.validate import ConfigError, projected_matrices, validate, vocabulary_problem
+
+Problems = Callable[..., list[str]]
+
+
+def put(config: RunConfig, path: str, value: object) -> None:
+    section, _, name = path.rpartition(".")
+    setattr(getattr(config, section) if section else config, name, value)
+
+
+# What is changed in a valid configuration -> the only line that it gets. 60M: 512 wide, 8 heads, 8 blocks; 100 steps of 512 rows.
+RULES = {
+    "at least": ({"optimizer.rank": 0}, "optimizer.rank = 0: must be at least 1; the default is 128"),
+    "above": ({"optimizer.lr": 0.0}, "optimizer.lr = 0.0: must be above 0; the default is 0.01"),
+    "at most": ({"scheduler.min_lr_ratio": 1.5}, "scheduler.min_lr_ratio = 1.5: must be at least 0 and at most 1; the default is 0.1"),
+    "below": ({"scheduler.warmup_fraction": 1.0}, "scheduler.warmup_fraction = 1.0: must be at least 0 and below 1; the default is 0.1"),
+    "not a number": ({"optimizer.lr": float("nan")}, "optimizer.lr = nan: must be finite and above 0; the default is 0.01"),
+    "infinite": ({"trainer.grad_clip": float("inf")}, "trainer.grad_clip = inf: must be finite and at least 0; the default is 0.0"),
+    "no default": ({"trainer.peak_flops": -1.0}, "trainer.peak_flops = -1.0: must be above 0; correct it or leave it out"),
+    "choice with a near one": (
+        {"trainer.precision": "bf16_neares"},
+        "trainer.precision = bf16_neares: must be one of fp32, bf16, bf16_nearest, bf16_master; "
+        "did you mean trainer.precision=bf16_nearest?",
+    ),
+    "choice": ({"trainer.device": "tpu"}, "trainer.device = tpu: must be one of auto, cpu, cuda; set trainer.device=auto"),
+    "name of a group": (
+        {"optimizer.name": "adamw"},
+        "optimizer.name = adamw: only repeats the choice of the group, natural_galore; choose with optimizer=adamw",
+    ),
+    "width and heads": (
+        {"model.num_attention_heads": 7},
+        "model.hidden_size = 512: must be a multiple of num_attention_heads = 7; "
+        "set model.hidden_size=504 or 518, or model.num_attention_heads=4 or 8",
+    ),
+    "odd heads": (
+        {"model.hidden_size": 504, "trainer.max_steps": 50},
+        "model.hidden_size = 504: must give every head an even width (rotary embeddings turn pairs), 8 heads are 63 wide; "
+        "set model.hidden_size=496 or 512",
+    ),
+    "key/value heads": (
+        {"model.num_key_value_heads": 3},
+        "model.num_key_value_heads = 3: must divide num_attention_heads = 8; set model.num_key_value_heads=2 or 4",
+    ),
+    "sequence length": (
+        {"trainer.seq_len": 2048},
+        "trainer.seq_len = 2048: must be at most model.max_seq_len = 1024; set trainer.seq_len=1024 or model.max_seq_len=2048",
+    ),
+    "padded rows of one token": (
+        {"trainer.seq_len": 1, "data.packing": "pad"},
+        "trainer.seq_len = 1: must be at least 2 with data.packing=pad, where the last position of a row predicts nothing; "
+        "set trainer.seq_len=256",
+    ),
+    "no length": (
+        {"trainer.max_steps": None},
+        "trainer.max_steps = null: one of trainer.max_steps and trainer.max_tokens must be given; set trainer.max_steps=10000",
+    ),
+    "two lengths": (
+        {"trainer.max_tokens": 1000},
+        "trainer.max_steps = 100: only one of trainer.max_steps and trainer.max_tokens = 1000 may be given; set one of them to null",
+    ),
+    "batch arithmetic": (
+        {"trainer.global_batch_size": 500},
+        "trainer.global_batch_size = 500: must be a multiple of micro_batch_size * processes = 16 * 1; "
+        "set trainer.global_batch_size=496 or 512, or trainer.micro_batch_size=10 or 20",
+    ),
+    "batch below a micro-batch": (
+        {"trainer.global_batch_size": 8},
+        "trainer.global_batch_size = 8: must be a multiple of micro_batch_size * processes = 16 * 1; "
+        "set trainer.global_batch_size=16, or trainer.micro_batch_size=8",
+    ),
+    "checkpointing policy": (
+        {"trainer.activation_checkpointing": "every_0"},
+        "trainer.activation_checkpointing = every_0: must be off, full or every_K with K >= 1; "
+        "set trainer.activation_checkpointing=every_2",
+    ),
+    "checkpointing too far apart": (
+        {"trainer.activation_checkpointing": "every_9"},
+        "trainer.activation_checkpointing = every_9: recomputes nothing, the model has 8 blocks; "
+        "set trainer.activation_checkpointing=off or full",
+    ),
+    "rank": (
+        {"optimizer.rank": 512},
+        "optimizer.rank = 512: must be below the short side of every projected matrix; q_proj of model=llama_60m is 512 x 512; "
+        "set optimizer.rank=128 (a quarter is usual, 511 the largest)",
+    ),
+    "rank of grouped queries": (
+        {"model.num_key_value_heads": 1},
+        "optimizer.rank = 128: must be below the short side of every projected matrix; k_proj of model=llama_60m is 64 x 512; "
+        "set optimizer.rank=16 (a quarter is usual, 63 the largest)",
+    ),
+    "betas": (
+        {"optimizer.betas": [0.9]},
+        "optimizer.betas = [0.9]: must be two numbers, each at least 0 and below 1; set optimizer.betas='[0.9,0.999]'",
+    ),
+    "beta of one": (
+        {"optimizer.betas": [0.9, 1.0]},
+        "optimizer.betas = [0.9,1.0]: must be two numbers, each at least 0 and below 1; set optimizer.betas='[0.9,0.999]'",
+    ),
+    "immediate updates of several micro-batches": (
+        {"optimizer.apply": "immediate"},
+        "optimizer.apply = immediate: changes weights inside backward, so an update must be one micro-batch, here it is 32; "
+        "set optimizer.apply=deferred, or trainer.micro_batch_size=512",
+    ),
+    "immediate updates and clipping": (
+        {"optimizer.apply": "immediate", "trainer.micro_batch_size": 512, "trainer.grad_clip": 1.0},
+        "optimizer.apply = immediate: cannot clip by the global norm, no gradient waits for the others (trainer.grad_clip = 1.0); "
+        "set optimizer.apply=deferred or trainer.grad_clip=0",
+    ),
+    "nothing to stagger": (
+        {"optimizer.update_proj_gap": 1},
+        "optimizer.stagger = true: has nothing to spread with update_proj_gap = 1, where every step refreshes every matrix; "
+        "set optimizer.stagger=false or a larger optimizer.update_proj_gap",
+    ),
+    "warm-up": (
+        {"scheduler.warmup_steps": 100},
+        "scheduler.warmup_steps = 100: must leave steps after the warm-up, the run has 100; set scheduler.warmup_steps=10",
+    ),
+    "warm-up share": (
+        {"scheduler.warmup_fraction": 0.9, "trainer.max_steps": 1},
+        "scheduler.warmup_fraction = 0.9: must leave steps after the warm-up, the run has 1; set scheduler.warmup_steps=0",
+    ),
+    "decay": (
+        {"scheduler": WSDSchedulerConfig(decay_fraction=0.95)},
+        "scheduler.decay_fraction = 0.95: must leave room for the warm-up, 10 + 95 steps are more than the 100 of the run; "
+        "set scheduler.decay_fraction=0.9 or less, or a shorter warm-up",
+    ),
+    "masks over padding": (
+        {"data.packing": "pad", "data.mask_documents": True},
+        "data.mask_documents = true: needs data.packing=pack, a padded row holds one document only; "
+        "set data.mask_documents=false or data.packing=pack",
+    ),
+    "run name with folders": (
+        {"run.name": "a/b"},
+        "run.name = a/b: must be the name of one visible folder, without / and \\; set run.name=b; the folder above it is run.dir",
+    ),
+    "run name above": (
+        {"run.name": ".."},
+        "run.name = ..: must be the name of one visible folder, without / and \\; set run.name=my-run; the folder above it is run.dir",
+    ),
+    "no run name": (
+        {"run.name": " "},
+        "run.name =  : must be the name of one visible folder, without / and \\; set run.name= ; the folder above it is run.dir",
+    ),
+    "no run folder": ({"run.dir": ""}, "run.dir = : must name a folder; set run.dir=runs"),
+    "resume": (
+        {"resume": "atuo"},
+        "resume = atuo: must be auto, never or an existing step folder; did you mean resume=auto?",
+    ),
+    "resume from nowhere": (
+        {"resume": "runs/x/checkpoints/step-1"},
+        "resume = runs/x/checkpoints/step-1: must be auto, never or an existing step folder; set resume=runs/NAME/checkpoints/step-0001000",
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_broken_rule_is_named_with_value_and_fix_and_nothing_else_is(rule: str, config: RunConfig, problems_of: Problems):
+    changes, line = RULES[rule]
+    for path, value in changes.items():
+        put(config, path, value)
+    assert problems_of(config) == [line]
+    assert re.fullmatch(r"[\w.]+ = .*: .+; .+", line)
+
+
+def test_a_valid_configuration_passes_unchanged(config: RunConfig):
+    before = repr(config)
+    validate(config)
+    assert repr(config) == before
+
+
+def test_all_problems_come_in_one_error(config: RunConfig):
+    broken = ["at least", "choice", "sequence length", "no length", "batch arithmetic", "betas", "run name with folders", "resume"]
+    for rule in broken:
+        for path, value in RULES[rule][0].items():
+            put(config, path, value)
+    with pytest.raises(ConfigError) as caught:
+        validate(config)
+    assert sorted(caught.value.problems) == sorted(RULES[rule][1] for rule in broken)
+    assert str(caught.value) == "8 problems in the configuration:\n  " + "\n  ".join(caught.value.problems)
+
+
+def test_a_wrong_value_does_not_trigger_the_rules_that_build_on_it(config: RunConfig, problems_of: Problems):
+    config.model.num_attention_heads = 0
+    config.trainer.micro_batch_size = -1
+    config.trainer.seq_len = 0
+    assert [line.partition(" = ")[0] for line in problems_of(config)] == [
+        "model.num_attention_heads",
+        "trainer.micro_batch_size",
+        "trainer.seq_len",
+    ]
+
+
+def test_the_suggested_values_work(config: RunConfig, problems_of: Problems):
+    config.trainer.global_batch_size = 500
+    for rows in (496, 512):
+        config.trainer.global_batch_size = rows
+        assert problems_of(config) == []
+    config.trainer.global_batch_size = 500
+    for rows in (10, 20):
+        config.trainer.micro_batch_size = rows
+        assert problems_of(config) == []
+    config.optimizer = GaLoreConfig(rank=511)
+    assert problems_of(config) == []
+
+
+def test_several_processes_are_refused_with_what_to_do(config: RunConfig, problems_of: Problems):
+    assert problems_of(config, world_size=4) == [
+        "engine.name = auto: trains on one process, this launch has 4; start one: python -m ngpt.train ..., or torchrun --nproc_per_node 1"
+    ]
+
+
+def test_batch_arithmetic_counts_the_processes(config: RunConfig, problems_of: Problems):
+    config.trainer.global_batch_size = 48
+    assert problems_of(config, world_size=2)[0] == (
+        "trainer.global_batch_size = 48: must be a multiple of micro_batch_size * processes = 16 * 2; "
+        "set trainer.global_batch_size=32 or 64, or trainer.micro_batch_size=12 or 24"
+    )
+    config.trainer.global_batch_size = 33
+    assert problems_of(config, world_size=2)[0].endswith("; set trainer.global_batch_size=32 or 64")
+
+
+def test_adamw_has_no_rank_to_check(config: RunConfig, problems_of: Problems):
+    config.optimizer = AdamWConfig()
+    config.model.num_key_value_heads = 1
+    assert problems_of(config) == []
+
+
+def test_projected_matrices_are_attention_and_mlp():
+    shapes = projected_matrices(ModelConfig(hidden_size=64, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2))
+    assert shapes == {
+        "q_proj": (64, 64),
+        "k_proj": (32, 64),
+        "v_proj": (32, 64),
+        "o_proj": (64, 64),
+        "gate_proj": (160, 64),
+        "up_proj": (160, 64),
+        "down_proj": (64, 160),
+    }
+
+
+def test_the_vocabulary_of_the_model_must_hold_the_tokenizers():
+    assert vocabulary_problem(32000, 32000) is None
+    assert vocabulary_problem(32064, 32000) is None
+    assert vocabulary_problem(4096, 32000) == (
+        "model.vocab_size = 4096: must be at least the number of the tokenizer's pieces, 32000; "
+        "set model.vocab_size=32000, or tokenizer.path to a smaller tokenizer"
+    )
+
+
+def test_training_and_held_out_text_of_the_hub_must_differ(config: RunConfig, problems_of: Problems):
+    config.data = C4DataConfig(val_split="train")
+    line = "data.val_split = train: must differ from data.train_split, or the model is judged by text that it was trained on; "
+    assert problems_of(config, check_files=False) == [line + "set data.val_split=validation"]
+    config.eval.every_steps, config.eval.at_end = 0, False
+    assert problems_of(config, check_files=False) == []
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+def test_text_needs_a_tokenizer_and_the_error_says_how_to_train_one(config: RunConfig, problems_of: Problems, folder: Path):
+    config.data = BuiltinDataConfig()
+    train = "train one: python -m data_prep.train_tokenizer --builtin --vocab-size 32000 --out"
+    assert problems_of(config) == [
+        f"tokenizer.path = null: data=builtin needs a SentencePiece model; {train} tokenizer.model and set tokenizer.path=tokenizer.model"
+    ]
+    config.tokenizer.path = "missing.model"
+    assert problems_of(config) == [f"tokenizer.path = missing.model: no such file; {train} missing.model"]
+    config.tokenizer.path = "."
+    assert problems_of(config)[0].startswith("tokenizer.path = .: must be a SentencePiece .model file, this is a folder; train one")
+    config.tokenizer.path = "spiece.model"
+    assert "bring spiece.model of t5-base from the hub, or train one" in problems_of(config)[0]
+    (folder / "spiece.model").touch()
+    assert problems_of(config) == []
+
+
+def test_the_tokenizer_is_trained_on_the_text_of_the_run(config: RunConfig, problems_of: Problems, folder: Path):
+    (folder / "a.jsonl").touch()
+    config.data = LocalC4DataConfig(train_files=["*.jsonl"])
+    assert "train_tokenizer --files '*.jsonl' --vocab-size 32000" in problems_of(config)[0]
+
+
+def test_globs_must_match_something(config: RunConfig, problems_of: Problems, folder: Path):
+    config.tokenizer.path = str(folder / "t.model")
+    (folder / "t.model").touch()
+    config.data = LocalC4DataConfig()
+    assert problems_of(config) == [
+        "data.train_files = []: data=local_c4 needs files to train on; set data.train_files='[corpus/*.json.gz]'"
+    ]
+    config.data = LocalC4DataConfig(train_files=["train-*.json.gz"], val_files=["val-*.json.gz"])
+    assert problems_of(config) == [
+        f"data.{name}_files = {name}-*.json.gz: matches no file (working directory {folder}); set data.{name}_files='[corpus/*.json.gz]'"
+        for name in ("train", "val")
+    ]
+    for name in ("train-1.json.gz", "val-1.json.gz"):
+        (folder / name).touch()
+    assert problems_of(config) == []
+    assert problems_of(config, check_files=False) == []
+
+
+def test_no_file_is_trained_on_and_evaluated_on(config: RunConfig, problems_of: Problems, folder: Path):
+    config.tokenizer.path = str(folder / "t.model")
+    for name in ("t.model", "a.jsonl", "b.jsonl"):
+        (folder / name).touch()
+    config.data = LocalC4DataConfig(train_files=["*.jsonl"], val_files=[str(folder / "b.jsonl")])
+    assert problems_of(config) == [
+        f"data.val_files = [{folder}/b.jsonl]: must share no file with train_files, both match {folder.resolve()}/b.jsonl; "
+        "narrow one of the globs"
+    ]
+    (folder / "tokens").mkdir()
+    (folder / "tokens/manifest.json").touch()
+    config.data = TokenizedDataConfig(train_files=["tokens"], val_files=["tokens/manifest.json"])
+    assert problems_of(config)[0].startswith("data.val_files = [tokens/manifest.json]: must share no file with train_files")
+
+
+def test_resuming_needs_a_finished_step_folder(config: RunConfig, problems_of: Problems, folder: Path):
+    step = folder / "runs/mine/checkpoints/step-0000010"
+    step.mkdir(parents=True)
+    config.resume = "runs/mine"
+    assert problems_of(config) == [
+        "resume = runs/mine: must be a step folder, this is a run folder; "
+        "set resume=auto with run.name=mine, or resume=runs/mine/checkpoints/step-..."
+    ]
+    config.resume = str(step)
+    assert problems_of(config) == [
+        f"resume = {step}: is no finished checkpoint, it has no file .complete; choose another step folder, or resume=auto"
+    ]
+    (step / ".complete").touch()
+    assert problems_of(config) == []
+
+
+def test_runs_are_kept_in_a_folder(config: RunConfig, problems_of: Problems, folder: Path):
+    (folder / "runs").touch()
+    assert problems_of(config) == ["run.dir = runs: must be a folder, this is a file; set run.dir=runs"]
