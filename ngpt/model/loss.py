@@ -68,20 +68,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         sum_dtype = dtype if positions > chunk_tokens else weight_VH.dtype
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=sum_dtype) if needs_weight else None
         for start in range(0, positions, chunk_tokens):
-            chunk = slice(start, start + chunk_tokens)
-            log_probs_CV = (hidden_PH[chunk] @ weight_VH.T).log_softmax(dim=-1, dtype=dtype)
-            ignored_C1 = (labels_P[chunk] == IGNORE_INDEX)[:, None]
-            label_C1 = labels_P[chunk, None].masked_fill(ignored_C1, 0)
-            loss -= log_probs_CV.gather(1, label_C1).masked_fill_(ignored_C1, 0).sum()
-            if not (needs_hidden or needs_weight):
+            hidden_CH, labels_C = hidden_PH[start : start + chunk_tokens], labels_P[start : start + chunk_tokens]
+            chunk_loss, grad_logits_CV = _loss_and_logits_gradient(hidden_CH, weight_VH, labels_C, needs_hidden or needs_weight)
+            loss += chunk_loss
+            if grad_logits_CV is None:
                 continue
-            grad_logits_CV = log_probs_CV.exp_()  # softmax minus one-hot, in the memory of the logarithms
-            grad_logits_CV.scatter_add_(1, label_C1, grad_logits_CV.new_full((1, 1), -1.0).expand_as(label_C1))
-            grad_logits_CV = grad_logits_CV.masked_fill_(ignored_C1, 0).to(weight_VH.dtype)
             if grad_hidden_PH is not None:
-                torch.mm(grad_logits_CV, weight_VH, out=grad_hidden_PH[chunk])
+                torch.mm(grad_logits_CV, weight_VH, out=grad_hidden_PH[start : start + chunk_tokens])
             if grad_weight_VH is not None:
-                _add_product_(grad_weight_VH, grad_logits_CV.T, hidden_PH[chunk])
+                _add_product_(grad_weight_VH, grad_logits_CV.T, hidden_CH)
+            del grad_logits_CV  # before the next chunk's is made
         ctx.save_for_backward(grad_hidden_PH, grad_weight_VH)
         ctx.weight_dtype = weight_VH.dtype
         return loss
@@ -95,6 +91,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_weight_VH is not None:
             grad_weight_VH = grad_weight_VH.mul_(grad_loss).to(ctx.weight_dtype)
         return grad_hidden_PH, grad_weight_VH, None, None, None, None
+
+
+def _loss_and_logits_gradient(hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Summed loss of one chunk, and its gradient by the logits, (C, V) in the weight's dtype.
+
+    At most two (C, V) matrices of fp32 live at one time.
+    """
+    ignored_C1 = (labels_C == IGNORE_INDEX)[:, None]
+    label_C1 = labels_C[:, None].masked_fill(ignored_C1, 0)
+    log_probs_CV = (hidden_CH @ weight_VH.T).to(_wide(weight_VH.dtype)).log_softmax(dim=-1)
+    loss = -log_probs_CV.gather(1, label_C1).masked_fill_(ignored_C1, 0).sum()
+    if not needs_gradient:
+        return loss, None
+    softmax_CV = log_probs_CV.exp_()
+    grad_CV = softmax_CV.scatter_add_(1, label_C1, softmax_CV.new_full((1, 1), -1.0).expand_as(label_C1))
+    return loss, grad_CV.masked_fill_(ignored_C1, 0).to(weight_VH.dtype)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
