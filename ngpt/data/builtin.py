@@ -37,8 +37,7 @@ _DRAWING = re.compile(r"[-=+|_/\\*#.]{4,}| \| ")
 _ROLE = re.compile(r":[\w:]+:`([^`]*)`")
 _WORD = re.compile(r"[A-Za-z][a-z']*[,.;:!?)]*$")
 _COMMON = frozenset(
-    ("a", "an", "and", "are", "as", "at", "be", "by", "can", "for", "from", "has", "if", "in", "is", "it", "not", "of", "on")
-    + ("or", "that", "the", "this", "to", "was", "when", "which", "will", "with", "you")
+    "a|an|and|are|as|at|be|by|can|for|from|has|if|in|is|it|not|of|on|or|that|the|this|to|was|when|which|will|with|you".split("|")  # noqa: SIM905
 )
 
 

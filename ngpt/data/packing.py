@@ -55,6 +55,17 @@ class Rows:
     describe: Callable[[int], dict[str, JSON]] = field(repr=False)
 
 
+@dataclass(frozen=True)
+class RowShape:
+    """How documents become rows of `seq_len` tokens: `packing` is pack or pad; only packed rows can mask documents."""
+
+    seq_len: int
+    packing: str
+    eos_id: int
+    pad_id: int
+    mask_documents: bool = False
+
+
 class RowSource(Protocol):
     """One logical stream of rows. A state describes the position after the rows taken or skipped so far."""
 
@@ -67,9 +78,14 @@ class RowSource(Protocol):
     def load_state(self, state: dict[str, JSON]) -> None: ...
 
 
-def document_ids(inputs: np.ndarray, eos_id: int) -> np.ndarray:
-    """(n, t): which document of its row each token belongs to, from 0; an EOS belongs to the document that it closes."""
-    closes = inputs == eos_id
+def document_ids(inputs: np.ndarray, shape: RowShape) -> np.ndarray | None:
+    """(n, t): which document of its row each token belongs to, from 0; an EOS belongs to the document that it closes.
+
+    None where documents are not masked.
+    """
+    if not shape.mask_documents:
+        return None
+    closes = inputs == shape.eos_id
     return np.cumsum(closes, axis=1) - closes
 
 
@@ -90,11 +106,10 @@ def _describe_packed(blocks: list[TokenBlock], offset: int, seq_len: int, row: i
 class PackedRows:
     """The token stream cut in pieces of seq_len + 1 with stride seq_len: every token is predicted exactly once, none is padding."""
 
-    def __init__(self, blocks: BlockSource, seq_len: int, *, eos_id: int, mask_documents: bool = False) -> None:
+    def __init__(self, blocks: BlockSource, shape: RowShape) -> None:
         self._source = blocks
-        self._seq_len = seq_len
-        self._eos_id = eos_id
-        self._mask_documents = mask_documents
+        self._shape = shape
+        self._seq_len = shape.seq_len
         self._blocks: list[TokenBlock] = []
         self._offset = 0
         self._available = 0
@@ -111,8 +126,7 @@ class PackedRows:
         inputs, labels = (part.reshape(count, self._seq_len) for part in (tokens[:-1], tokens[1:]))
         describe = partial(_describe_packed, blocks[: len(pieces)], self._offset, self._seq_len)
         self._advance(count)
-        ids = document_ids(inputs, self._eos_id) if self._mask_documents else None
-        return Rows(inputs, labels, ids, labels.size, describe)
+        return Rows(inputs, labels, document_ids(inputs, self._shape), labels.size, describe)
 
     def skip(self, count: int) -> None:
         for _ in range(count):
@@ -147,40 +161,37 @@ class PackedRows:
             self._offset, self._blocks = self._offset - len(self._blocks[0].tokens), self._blocks[1:]
 
 
-def pad_documents(documents: list[np.ndarray], seq_len: int, pad_id: int, describe: Callable[[int], dict[str, JSON]]) -> Rows:
-    """One row per document: its first `seq_len` tokens, then `pad_id`; labels are -100 on padding and at a row's last token."""
-    inputs = np.full((len(documents), seq_len), pad_id, dtype=np.int32)
-    labels = np.full((len(documents), seq_len), IGNORED, dtype=np.int32)
+def pad_documents(documents: list[np.ndarray], shape: RowShape, describe: Callable[[int], dict[str, JSON]]) -> Rows:
+    """One row per document: its first `seq_len` tokens, then padding; labels are -100 on padding and at a row's last token."""
+    inputs = np.full((len(documents), shape.seq_len), shape.pad_id, dtype=np.int32)
+    labels = np.full((len(documents), shape.seq_len), IGNORED, dtype=np.int32)
     counted = 0
     for row, tokens in enumerate(documents):
-        tokens = tokens[:seq_len]
+        tokens = tokens[: shape.seq_len]
         inputs[row, : len(tokens)] = tokens
         labels[row, : len(tokens) - 1] = tokens[1:]
         counted += len(tokens) - 1
     return Rows(inputs, labels, None, counted, describe)
 
 
-def cut_tokens(
-    tokens: np.ndarray, seq_len: int, *, pad_id: int, eos_id: int, mask_documents: bool, describe: Callable[[int], dict[str, JSON]]
-) -> Rows:
+def cut_tokens(tokens: np.ndarray, shape: RowShape, describe: Callable[[int], dict[str, JSON]]) -> Rows:
     """A finite run of tokens as packed rows; only the last row is padded, with labels -100. Every token but the first is a label."""
-    rows = -(-(len(tokens) - 1) // seq_len)
-    inputs = np.full(rows * seq_len, pad_id, dtype=np.int32)
-    labels = np.full(rows * seq_len, IGNORED, dtype=np.int32)
-    inputs[: len(tokens) - 1] = tokens[:-1]
-    labels[: len(tokens) - 1] = tokens[1:]
-    inputs = inputs.reshape(rows, seq_len)
-    ids = document_ids(inputs, eos_id) if mask_documents else None
-    return Rows(inputs, labels.reshape(rows, seq_len), ids, len(tokens) - 1, describe)
+    count = max(0, len(tokens) - 1)
+    rows = -(-count // shape.seq_len)
+    inputs = np.full(rows * shape.seq_len, shape.pad_id, dtype=np.int32)
+    labels = np.full(rows * shape.seq_len, IGNORED, dtype=np.int32)
+    inputs[:count] = tokens[:count]
+    labels[:count] = tokens[1:]
+    inputs = inputs.reshape(rows, shape.seq_len)
+    return Rows(inputs, labels.reshape(rows, shape.seq_len), document_ids(inputs, shape), count, describe)
 
 
 class PaddedRows:
     """One document a row: its first seq_len tokens (the closing EOS included), padded; labels are -100 on padding and at the end."""
 
-    def __init__(self, blocks: BlockSource, seq_len: int, *, pad_id: int) -> None:
+    def __init__(self, blocks: BlockSource, shape: RowShape) -> None:
         self._source = blocks
-        self._seq_len = seq_len
-        self._pad_id = pad_id
+        self._shape = shape
         self._block: TokenBlock | None = None
         self._next = 0
 
@@ -193,7 +204,7 @@ class PaddedRows:
             return {"epoch": block.epoch, "documents": [f"{file}:{line}"]}
 
         documents = [block.tokens[block.starts[i] : block.starts[i + 1]] for block, i in origins]
-        return pad_documents(documents, self._seq_len, self._pad_id, describe)
+        return pad_documents(documents, self._shape, describe)
 
     def skip(self, count: int) -> None:
         for _ in range(count):
@@ -213,3 +224,8 @@ class PaddedRows:
             self._block, self._next = self._source.next_block(), 0
         self._next += 1
         return self._block, self._next - 1
+
+
+def rows_of_blocks(blocks: BlockSource, shape: RowShape) -> RowSource:
+    """The rows of a stream of documents, packed or padded as `shape` says."""
+    return PaddedRows(blocks, shape) if shape.packing == "pad" else PackedRows(blocks, shape)

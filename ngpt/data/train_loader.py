@@ -8,7 +8,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +43,7 @@ class TrainLoader:
         *,
         settings: Mapping[str, JSON],
         counters: Callable[[], Mapping[str, float]] = dict,
-        executor: ThreadPoolExecutor | None = None,
+        on_close: Callable[[], None] = lambda: None,
         prefetch: int = 8,
         pin_memory: bool = False,
     ) -> None:
@@ -52,7 +51,7 @@ class TrainLoader:
         self._rows = rows
         self._settings = {"streams": layout.num_streams, "global_batch_size": layout.global_batch_size, **settings}
         self._counters = counters
-        self._executor = executor
+        self._on_close = on_close
         self._prefetch = prefetch
         self._pin_memory = pin_memory
         self._batches_done = 0
@@ -108,9 +107,9 @@ class TrainLoader:
 
     def close(self) -> None:
         """Stop the background threads. The loader cannot be used afterwards."""
+        self._stop.set()
+        self._on_close()
         self._halt()
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
 
     def _check(self, state: dict[str, Any]) -> None:
         if state.get("version") != _STATE_VERSION:

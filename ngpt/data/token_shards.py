@@ -1,0 +1,214 @@
+"""Folders of token shards, written by `python -m data_prep.tokenize`: their manifest, and reading them as one long array.
+
+A folder holds shard files, each a flat little-endian array of token ids in which every document is closed by EOS, and manifest.json:
+tokenizer (fingerprint, vocab_size, eos_id), dtype, totals, and of each shard its name, source, tokens, documents, bytes and sha256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ngpt.data.documents import JSON, DataError, Document, Share, Split, StreamTally
+from ngpt.data.json_lines import expand_globs
+from ngpt.data.seeding import permutation
+
+MANIFEST = "manifest.json"
+FORMAT = "ngpt-tokens-1"
+_SCANNED_TOKENS = 2**20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a folder, and the account of the text that it was made from."""
+
+    file: str
+    source: str
+    tokens: int
+    documents: int
+    bytes: int
+    sha256: str
+    bad_documents: int = 0
+    empty_documents: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json says."""
+
+    tokenizer: str
+    vocab_size: int
+    eos_id: int
+    dtype: str
+    shards: tuple[Shard, ...]
+
+    def totals(self) -> dict[str, int]:
+        counted = ("tokens", "documents", "bad_documents", "empty_documents")
+        return {name: sum(getattr(shard, name) for shard in self.shards) for name in counted}
+
+    def dump(self) -> bytes:
+        head = {"format": FORMAT, "tokenizer": self.tokenizer, "vocab_size": self.vocab_size, "eos_id": self.eos_id, "dtype": self.dtype}
+        record = {**head, **self.totals(), "shards": [asdict(shard) for shard in self.shards]}
+        return json.dumps(record, indent=1).encode() + b"\n"
+
+
+def smallest_dtype(vocab_size: int) -> str:
+    """`uint16` where all ids fit, else `uint32`."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def read_manifest(path: str | Path) -> tuple[Path, Manifest]:
+    """(folder, manifest) of a folder or of its manifest.json. Raises DataError if it is missing, broken, or names files elsewhere."""
+    path = Path(path)
+    folder = path.parent if path.name == MANIFEST else path
+    try:
+        record = json.loads((folder / MANIFEST).read_bytes())
+        if record["format"] != FORMAT:
+            raise DataError(f"{folder / MANIFEST}: format {record['format']!r}, not {FORMAT!r}; tokenise the text again")
+        shards = tuple(Shard(**shard) for shard in record["shards"])
+        manifest = Manifest(record["tokenizer"], int(record["vocab_size"]), int(record["eos_id"]), record["dtype"], shards)
+    except OSError as error:
+        raise DataError(f"{folder / MANIFEST}: {error.strerror}; give folders that `python -m data_prep.tokenize` has finished") from error
+    except (TypeError, KeyError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{folder / MANIFEST}: not a manifest of token shards ({error!r})") from error
+    if manifest.dtype not in ("uint16", "uint32"):
+        raise DataError(f"{folder / MANIFEST}: dtype {manifest.dtype!r} is neither uint16 nor uint32")
+    for shard in manifest.shards:
+        _check_name(folder, shard.file)
+    return folder, manifest
+
+
+def _check_name(folder: Path, name: object) -> None:
+    """A manifest may be somebody else's: it can name files of its own folder only."""
+    inside = isinstance(name, str) and name not in ("", ".", "..") and os.path.basename(name) == name and "\\" not in name
+    if not inside or (folder / str(name)).resolve().parent != folder.resolve():
+        raise DataError(f"{folder / MANIFEST}: the shard {name!r} is not a file of this folder")
+
+
+def shard_problem(folder: Path, manifest: Manifest, shard: Shard) -> str | None:
+    """What is wrong with a shard at first sight (existence and size), or None."""
+    width = np.dtype(manifest.dtype).itemsize
+    try:
+        size = os.path.getsize(folder / shard.file)
+    except OSError as error:
+        return f"{folder / shard.file}: {error.strerror}"
+    if size != shard.bytes or size != shard.tokens * width:
+        return f"{folder / shard.file}: {size} bytes, but the manifest says {shard.bytes} ({shard.tokens} tokens of {width} bytes)"
+    return None
+
+
+class TokenStore:
+    """All tokens of some folders as one array on disk, with `len`. Opened read-only; nothing is read until it is asked for."""
+
+    def __init__(self, folders: list[str], *, option: str, fingerprint: str, eos_id: int) -> None:
+        """Raises DataError for a shard of another tokenizer, of another size than its manifest says, or missing."""
+        self.shards: list[tuple[str, np.ndarray]] = []
+        digest = hashlib.sha256()
+        for folder, manifest in map(read_manifest, _manifests(folders, option)):
+            if (manifest.tokenizer, manifest.eos_id) != (fingerprint, eos_id):
+                raise DataError(
+                    f"{folder}: written with the tokenizer {manifest.tokenizer[:12]}..., but tokenizer.path is {fingerprint[:12]}...; "
+                    "give the tokenizer that wrote the shards, or tokenise the text again with this one"
+                )
+            for shard in manifest.shards:
+                if problem := shard_problem(folder, manifest, shard):
+                    raise DataError(f"{problem}; tokenise it again, and check it with `python -m data_prep.verify {folder}`")
+                digest.update(shard.sha256.encode())
+                if shard.tokens:
+                    dtype = np.dtype(manifest.dtype).newbyteorder("<")
+                    # np.asarray: slices of a memmap object cost ten times those of the plain array over the same pages.
+                    tokens = np.asarray(np.memmap(folder / shard.file, dtype=dtype, mode="r"))
+                    self.shards.append((str(folder / shard.file), tokens))
+        self.fingerprint = digest.hexdigest()
+        self._ends = np.cumsum([len(tokens) for _, tokens in self.shards])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self.shards else 0
+
+    def read_into(self, out: np.ndarray, first: int) -> int:
+        """Copy tokens from position `first` on into `out`; returns how many there were."""
+        copied = 0
+        index = int(np.searchsorted(self._ends, first, side="right"))
+        while copied < len(out) and index < len(self.shards):
+            tokens = self.shards[index][1]
+            offset = first + copied - (int(self._ends[index]) - len(tokens))
+            piece = tokens[offset : offset + len(out) - copied]
+            out[copied : copied + len(piece)] = piece
+            copied, index = copied + len(piece), index + 1
+        return copied
+
+    def place(self, position: int) -> str:
+        """`file:offset` of a token."""
+        index = int(np.searchsorted(self._ends, position, side="right"))
+        file, tokens = self.shards[index]
+        return f"{file}:{position - (int(self._ends[index]) - len(tokens))}"
+
+
+def _manifests(patterns: list[str], option: str) -> list[str]:
+    if not patterns:
+        raise DataError(f"data=tokenized needs {option}: folders written by `python -m data_prep.tokenize`")
+    return expand_globs(patterns, option=option, suffixes=None)
+
+
+class _TokenDocumentReader:
+    """Documents of shards, found by their EOS. State: {"shard", "token", "document"}: shards finished, then within the current one."""
+
+    def __init__(self, shards: list[tuple[str, np.ndarray]], eos_id: int, state: JSON, keep: tuple[int, bool] | None) -> None:
+        self._shards = shards
+        self._eos_id = eos_id
+        self._shard, self._token, self._number = (state["shard"], state["token"], state["document"]) if state else (0, 0, 0)
+        self._keep = keep
+        self._documents = self._read()
+
+    def __iter__(self) -> Iterator[Document]:
+        return self
+
+    def __next__(self) -> Document:
+        return next(self._documents)
+
+    def state(self) -> JSON:
+        return {"shard": self._shard, "token": self._token, "document": self._number}
+
+    def _read(self) -> Iterator[Document]:
+        while self._shard < len(self._shards):
+            file, tokens = self._shards[self._shard]
+            for end in self._ends(tokens):
+                document = Document("", file, self._number + 1, tokens[self._token : end])
+                self._token, self._number = end + 1, self._number + 1
+                if self._keep is None or (self._number % self._keep[0] == 0) == self._keep[1]:
+                    yield document
+            self._shard, self._token, self._number = self._shard + 1, 0, 0
+
+    def _ends(self, tokens: np.ndarray) -> Iterator[int]:
+        for first in range(self._token, len(tokens), _SCANNED_TOKENS):
+            yield from (first + np.flatnonzero(tokens[first : first + _SCANNED_TOKENS] == self._eos_id)).tolist()
+
+
+class TokenDocuments:
+    """Token shards as a source of documents (for packing=pad). Without folders for evaluation, documents are held out as elsewhere."""
+
+    def __init__(self, train: TokenStore, held_out: TokenStore | None, *, eos_id: int, holdout_every: int) -> None:
+        self._stores = {"train": train, "eval": held_out or train}
+        self._eos_id = eos_id
+        self._holdout_every = None if held_out else holdout_every
+
+    def num_shards(self, split: Split) -> int:
+        return max(1, len(self._stores[split].shards))
+
+    def fingerprint(self, split: Split) -> str:
+        return f"{self._stores[split].fingerprint}-{self._holdout_every}"
+
+    def open(self, share: Share, state: JSON, tally: StreamTally) -> _TokenDocumentReader:
+        shards = self._stores[share.split].shards[share.stream :: share.num_streams]
+        if share.seed is not None:
+            shards = [shards[i] for i in permutation(len(shards), share.seed)]
+        keep = None if self._holdout_every is None else (self._holdout_every, share.split == "eval")
+        return _TokenDocumentReader(shards, self._eos_id, state, keep)
