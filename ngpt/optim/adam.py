@@ -4,7 +4,8 @@ Pure functions on explicit tensors; a trailing underscore marks what is changed 
 moments have seen, this one included.
 """
 
-# pyright: reportPrivateImportUsage=false  (torch._foreach_* is how torch's own optimizers update many tensors at once)
+# torch._foreach_* is how torch's own optimizers update many tensors at once; it is not in torch's __all__.
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 import math

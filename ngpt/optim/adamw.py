@@ -191,7 +191,7 @@ class AdamW(torch.optim.Optimizer):
         if not guard:
             self._update(p, reduced)
             return None
-        finite = torch.linalg.vector_norm(reduced, ord=torch.inf).isfinite()
+        finite = reduced.sum().isfinite()  # one pass; NaN, infinity and overflow all end up in the sum
         written = self._written_by_update(p)
         before = [tensor.clone() for tensor in written]
         self._update(p, reduced)

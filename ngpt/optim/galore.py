@@ -23,7 +23,7 @@ class LowRankAdamW(AdamW):
     State of a projected matrix besides AdamW's, all with the short side first (a = min(m, n), b = max(m, n)): `basis` (a, r),
     `exp_avg` and `exp_avg_sq` (r, b), `history` (s, r b) and `gram` (s, s) with a history Fisher, and the counters `refreshes` and
     `cleared_at` (the update at which the moments were last set to zero; bias correction counts from there). Basis and history have the
-    parameter's dtype, the rest fp32.
+    parameter's dtype, the Gram matrix is fp64, the rest fp32.
 
     `sum_over_shards` (identity) is called on every sum over the entries of projected gradients, for owners that hold only a part of them.
     """
@@ -73,7 +73,7 @@ class LowRankAdamW(AdamW):
             state[key] = torch.zeros(rank, long, dtype=dtype, device=p.device)
         if group["fisher"] == "history":
             state["history"] = torch.zeros(group["history"], rank * long, dtype=p.dtype, device=p.device)
-            state["gram"] = torch.zeros(group["history"], group["history"], dtype=dtype, device=p.device)
+            state["gram"] = torch.zeros(group["history"], group["history"], dtype=torch.float64, device=p.device)
         return state | self._allocate_master(p, group)
 
     # ---------------------------------------------------------------------------------------------------- first phase: R
@@ -144,8 +144,7 @@ class LowRankAdamW(AdamW):
         state["exp_avg_sq"].copy_(second)
         if "history" in state:
             rotation.rotate_history_(change_rr, state["history"])
-            gram = natural_gradient.gram_matrix(state["history"], state["gram"].dtype, sum_over_shards=self.sum_over_shards)
-            state["gram"].copy_(gram)
+            state["gram"].copy_(natural_gradient.gram_matrix(state["history"], sum_over_shards=self.sum_over_shards))
 
     def _update(self, p: Tensor, reduced: Tensor) -> None:
         group, state = self.slot(p).group, self.state[p]
@@ -171,7 +170,7 @@ class LowRankAdamW(AdamW):
         if group["fisher"] == "history":
             history, gram = state["history"], state["gram"]
             natural_gradient.remember_(history, gram, low_rb.reshape(-1), slot, sum_over_shards=self.sum_over_shards)
-            low_rb = natural_gradient.natural_gradient(history, gram, slot, group["damping"]).view_as(low_rb)
+            low_rb = natural_gradient.natural_gradient(history, gram, slot, group["damping"]).to(low_rb.dtype).view(low_rb.shape)
         adam.update_moments_(state["exp_avg"], state["exp_avg_sq"], low_rb, group["betas"])
         return adam.galore_direction(state["exp_avg"], state["exp_avg_sq"], group["eps"])
 

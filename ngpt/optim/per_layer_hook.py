@@ -71,7 +71,7 @@ class PerLayerUpdates:
         assert grad is not None
         if p in self._fired:
             raise RuntimeError(
-                f"{self.optimizer.slot(p).name}: a second gradient in one micro-batch. Either begin_micro_batch() or step() was not called, or "
+                f"{self.optimizer.slot(p).name}: a second gradient in one micro-batch. begin_micro_batch() or step() was not called, or "
                 "the parameter is used in several reentrant checkpoints: use torch.utils.checkpoint with use_reentrant=False"
             )
         self._fired.add(p)

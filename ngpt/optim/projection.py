@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 OVERSAMPLING = 8  # extra columns of the range finder; 5-10 are the usual choice (Halko, Martinsson, Tropp 2011, section 4.2)
-POWER_ITERATIONS = 1
+POWER_ITERATIONS = 2
 
 
 def short_side_first(matrix: Tensor) -> Tensor:
@@ -30,8 +30,12 @@ def lift_onto_(weight_ab: Tensor, basis_ar: Tensor, low_rb: Tensor, factor: floa
     """W <- W + factor P N in place; without a full-size temporary when W and P have one dtype."""
     if weight_ab.dtype == basis_ar.dtype:
         weight_ab.addmm_(basis_ar, low_rb, alpha=factor)
-    else:
-        weight_ab.add_(basis_ar @ low_rb.to(basis_ar.dtype), alpha=factor)
+        return
+    low_rb = low_rb.to(basis_ar.dtype)
+    if weight_ab.is_contiguous():
+        weight_ab.add_(basis_ar @ low_rb, alpha=factor)
+    else:  # a transposed weight: make the product in the memory order of the weight, so that the sum does not stride
+        weight_ab.mT.add_(low_rb.mT @ basis_ar.mT, alpha=factor)
 
 
 def exact_basis(grad_ab: Tensor, rank: int) -> Tensor:
@@ -44,7 +48,7 @@ def randomized_basis(grad_ab: Tensor, rank: int, previous_ar: Tensor | None, gen
     """Approximate first r left singular vectors, ordered, shape (a, r), by a randomized range finder.
 
     Halko, Martinsson, Tropp 2011 (algorithms 4.4 and 5.1): Y = G Omega, or Y = G (G' [P_old, Omega]) when there is an old basis to
-    start from; then one power iteration, QR, and the eigenvectors of the small matrix (Q'G)(Q'G)'. Each product with G is linear in G
+    start from; then power iterations, QR, and the eigenvectors of the small matrix (Q'G)(Q'G)'. Each product with G is linear in G
     and thin.
     """
     short, long = grad_ab.shape
