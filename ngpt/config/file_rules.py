@@ -50,7 +50,7 @@ def _shard_problems(data: LocalC4DataConfig | TokenizedDataConfig) -> Iterator[s
         yield problem("data.train_files", [], f"data={data.name} needs files to train on", fix.format("train_files"))
     matches: dict[str, set[str]] = {}
     for setting, patterns in (("train_files", data.train_files), ("val_files", data.val_files)):
-        found = {pattern: glob.glob(pattern, recursive=True) for pattern in patterns}
+        found = {pattern: glob.glob(os.path.expanduser(pattern), recursive=True) for pattern in patterns}
         matches[setting] = {_identity(name) for names in found.values() for name in names}
         for pattern in (pattern for pattern, names in found.items() if not names):
             yield problem(f"data.{setting}", pattern, f"matches no file (working directory {os.getcwd()})", fix.format(setting))

@@ -297,6 +297,14 @@ def test_the_tokenizer_is_trained_on_the_text_of_the_run(config: RunConfig, prob
     assert "train_tokenizer --files '*.jsonl' --vocab-size 32000" in problems_of(config)[0]
 
 
+def test_a_glob_may_start_at_the_home_folder(config: RunConfig, problems_of: Problems, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(folder))
+    (folder / "t.model").touch()
+    config.tokenizer.path = str(folder / "t.model")
+    config.data = LocalC4DataConfig(train_files=["~/t.*"])
+    assert problems_of(config) == []
+
+
 def test_globs_must_match_something(config: RunConfig, problems_of: Problems, folder: Path):
     config.tokenizer.path = str(folder / "t.model")
     (folder / "t.model").touch()
