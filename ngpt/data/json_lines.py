@@ -3,49 +3,52 @@
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
 import io
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from ngpt.data.documents import JSON, DataError, Document, Share, Split, StreamTally, check_text
 from ngpt.data.seeding import permutation
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst")
 MAX_LINE_BYTES = 64 * 2**20
-_READ_BYTES = 2**20
+_BUFFER_BYTES = 2**20
+# Compressed bytes taken at a time: where they are damaged, all of them are lost.
+_READ_BYTES = 2**16
 
 
-class _ZstdFile(io.RawIOBase):
-    """A zstd file of any number of frames; EOFError if the last one is cut (zstandard's own reader ends silently)."""
+class _Decompressed(io.RawIOBase):
+    """The contents of a file of any number of gzip members or zstd frames. EOFError if the last one is cut.
 
-    def __init__(self, path: str) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise DataError(f"{path}: reading zstd needs the package zstandard (or recompress the file with gzip)") from None
-        self._new_frame = lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+    Unlike gzip.open and zstandard's reader, it gives out all that comes before the damage, and never ends silently within a frame.
+    """
+
+    def __init__(self, path: str, new_frame: Callable[[], Any]) -> None:
+        self._new_frame = new_frame
         self._file = open(path, "rb")  # noqa: SIM115 (closed in close)
-        self._frame = None
+        self._frame: Any = None
         self._compressed = b""
         self._text = memoryview(b"")
-        self.errors = (zstandard.ZstdError,)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         while not self._text:
-            self._compressed = self._compressed or self._file.read(_READ_BYTES)
+            # Zero bytes may follow a gzip member as padding; no frame begins with one.
+            self._compressed = self._compressed if self._frame else self._compressed.lstrip(b"\0")
             if not self._compressed:
-                if self._frame is not None:
-                    raise EOFError("the last zstd frame is incomplete")
-                return 0
+                self._compressed = self._file.read(_READ_BYTES)
+                if not self._compressed:
+                    if self._frame is not None:
+                        raise EOFError("it ends in the middle of the compressed data")
+                    return 0
+                continue
             self._frame = self._frame or self._new_frame()
             self._text = memoryview(self._frame.decompress(self._compressed))
             self._compressed = self._frame.unused_data if self._frame.eof else b""
@@ -62,12 +65,16 @@ class _ZstdFile(io.RawIOBase):
 
 def _open(path: str) -> tuple[IO[bytes], tuple[type[Exception], ...]]:
     """The decompressed bytes of a file, and the exceptions that mean its contents are corrupt."""
-    if path.endswith(".zst"):
-        raw = _ZstdFile(path)
-        return io.BufferedReader(raw, _READ_BYTES), (EOFError, *raw.errors)
     if path.endswith(".gz"):
-        return io.BufferedReader(gzip.open(path, "rb"), _READ_BYTES), (EOFError, zlib.error, gzip.BadGzipFile)
-    return open(path, "rb", buffering=_READ_BYTES), ()
+        return io.BufferedReader(_Decompressed(path, lambda: zlib.decompressobj(wbits=31)), _BUFFER_BYTES), (EOFError, zlib.error)
+    if path.endswith(".zst"):
+        try:
+            import zstandard
+        except ImportError:
+            raise DataError(f"{path}: reading zstd needs the package zstandard (or recompress the file with gzip)") from None
+        decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+        return io.BufferedReader(_Decompressed(path, decompressor.decompressobj), _BUFFER_BYTES), (EOFError, zstandard.ZstdError)
+    return open(path, "rb", buffering=_BUFFER_BYTES), ()
 
 
 def expand_globs(patterns: list[str], *, option: str, suffixes: tuple[str, ...] | None = SUFFIXES) -> list[str]:
@@ -90,7 +97,7 @@ def read_line(lines: IO[bytes]) -> bytes | None:
     if len(line) < MAX_LINE_BYTES or line.endswith(b"\n"):
         return line
     while line and not line.endswith(b"\n"):
-        line = lines.readline(_READ_BYTES)
+        line = lines.readline(_BUFFER_BYTES)
     return None
 
 

@@ -144,6 +144,8 @@ class TrainLoader:
         """Stop the background thread and forget what it has prepared."""
         if self._thread is not None:
             self._stop.set()
+            with contextlib.suppress(queue.Empty):
+                self._prepared.get_nowait()  # the thread may be waiting for room
             self._thread.join()
             self._thread = None
         self._stop = threading.Event()
