@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from ngpt.model.layers import RMSNorm
 from ngpt.model.llama import LlamaForCausalLM, compile_blocks, num_parameters
 
 
@@ -35,9 +36,10 @@ def test_same_seed_gives_same_weights_and_another_seed_others(small_config):
     assert not torch.equal(LlamaForCausalLM(small_config()).lm_head.weight, first.lm_head.weight)
 
 
-def test_weights_do_not_depend_on_the_default_dtype_of_the_moment(small_config):
-    expected = build(small_config()).bfloat16()
-    torch.set_default_dtype(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_weights_do_not_depend_on_the_default_dtype_of_the_moment(dtype, small_config):
+    expected = build(small_config()).to(dtype)
+    torch.set_default_dtype(dtype)
     try:
         model = build(small_config())
     finally:
@@ -102,6 +104,15 @@ def test_bf16_weights_stay_near_the_same_weights_in_fp32(small_config, batch):
     assert rounded_loss.dtype == torch.float32
     assert (rounded.float() - exact).norm() < 0.02 * exact.norm()
     assert (rounded_loss - exact_loss).abs() < 1e-3 * exact_loss
+
+
+def test_norm_statistics_of_bf16_are_taken_in_fp32():
+    norm = RMSNorm(48, eps=1e-6).bfloat16()
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    x = (torch.randn(7, 48) * 30).bfloat16()
+    wide = x.double()
+    expected = norm.weight * (wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()).bfloat16()
+    assert torch.equal(norm(x), expected)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ def test_equals_plain_cross_entropy(dtype, tolerance, chunk_tokens):
 @pytest.mark.parametrize("chunk_tokens", [8, 64, 512])
 def test_bf16_is_as_near_to_fp64_as_the_plain_loss_in_bf16(chunk_tokens):
     torch.manual_seed(0)
-    hidden, weight = (torch.randn(size).bfloat16().requires_grad_() for size in ((512, 64), (301, 64)))
+    # Small weights: every position then adds to every row of the weight's gradient, and a sum in bf16 would show.
+    hidden, weight = (tensor.bfloat16().requires_grad_() for tensor in (torch.randn(512, 64), torch.randn(301, 64) * 0.02))
     labels = torch.randint(301, (512,))
     wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     exact = value_and_gradients(plain_cross_entropy(*wide, labels), *wide)
@@ -175,4 +176,4 @@ def test_memory_peaks_far_below_that_of_the_plain_loss():
     plain, chunked = peak_bytes(None, **shape), peak_bytes(32, **shape)
     logits_bytes = 256 * 500 * 4
     assert plain >= 2 * logits_bytes
-    assert chunked < 0.6 * logits_bytes
+    assert chunked < 0.4 * logits_bytes  # two matrices of an eighth, and the gradients
