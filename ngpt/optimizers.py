@@ -17,9 +17,9 @@ from ngpt.config.schema import (
     OptimizerConfig,
     SchedulerConfig,
     WSDSchedulerConfig,
+    warmup_steps_in_run,
 )
 from ngpt.optim import AdamW, GaLore, NaturalGaLore, low_rank_groups, lr_schedule
-
 
 _ROUNDING = {"fp32": "nearest", "bf16": "stochastic", "bf16_nearest": "nearest", "bf16_master": "master"}
 
@@ -51,7 +51,7 @@ def build_optimizer(model: nn.Module, *, config: OptimizerConfig, precision: str
 
 def build_schedule(config: SchedulerConfig, total_steps: int) -> Callable[[int], float]:
     """The factor on the learning rate for update number `step`, counted from 0."""
-    warmup = config.warmup_steps if config.warmup_steps is not None else round(config.warmup_fraction * total_steps)
+    warmup = warmup_steps_in_run(config, total_steps)
     match config:
         case CosineSchedulerConfig():
             return functools.partial(lr_schedule.cosine, total_steps=total_steps, warmup_steps=warmup, min_lr_ratio=config.min_lr_ratio)

@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from ngpt.checkpoint import resume, store
@@ -201,7 +200,12 @@ class Run:
             self._micro_batches_per_step,
             trainer.micro_batch_size,
         )
-        logger.info("weights %.1f MiB, optimizer state %.1f MiB | run folder %s", sizes["weights"] / 2**20, sizes["optimizer_state"] / 2**20, self.folder)
+        logger.info(
+            "weights %.1f MiB, optimizer state %.1f MiB | run folder %s",
+            sizes["weights"] / 2**20,
+            sizes["optimizer_state"] / 2**20,
+            self.folder,
+        )
         if checkpoint:
             logger.info("continuing from %s: step %d, %s tokens", checkpoint, self.progress.step, f"{self.progress.tokens:,}")
 
@@ -263,7 +267,12 @@ class Run:
 
     def nothing_left(self) -> int:
         """Say that the run was finished before, and how to go on. Returns the exit code."""
-        logger.info("%s is finished already: step %d of %d; for another run give run.name=SOMETHING_ELSE", self.folder, self.progress.step, self.total_steps)
+        logger.info(
+            "%s is finished already: step %d of %d; for another run give run.name=SOMETHING_ELSE",
+            self.folder,
+            self.progress.step,
+            self.total_steps,
+        )
         logger.info("train longer: %s", command_line(self._arguments_for_more()))
         return 0
 
@@ -287,7 +296,13 @@ class Run:
         identity = {"step": result.step, "loss": repr(result.loss), "grad_norm": repr(result.grad_norm), "batches": list(result.batches)}
         with (self.folder / "nonfinite_steps.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(identity) + "\n")
-        logger.warning("step %d: loss %s, gradient norm %s: update skipped (%d so far)", result.step, result.loss, result.grad_norm, result.skipped_steps)
+        logger.warning(
+            "step %d: loss %s, gradient norm %s: update skipped (%d so far)",
+            result.step,
+            result.loss,
+            result.grad_norm,
+            result.skipped_steps,
+        )
 
     def evaluate(self) -> None:
         """Evaluate on the held-out tokens and record the result."""
@@ -341,7 +356,12 @@ class Run:
         if self._last_eval and references:
             unigram = references["unigram"]
             share = self._last_eval.perplexity / unigram
-            logger.info("held-out perplexity %.2f; a unigram model of the same training tokens: %.2f (%.3f of it)", self._last_eval.perplexity, unigram, share)
+            logger.info(
+                "held-out perplexity %.2f; a unigram model of the same training tokens: %.2f (%.3f of it)",
+                self._last_eval.perplexity,
+                unigram,
+                share,
+            )
         logger.info("metrics %s | picture %s | newest checkpoint %s", self.folder / "metrics.jsonl", picture, self.store.newest())
         if self.at_end:
             logger.info("train longer: %s", command_line(self._arguments_for_more()))
@@ -350,7 +370,11 @@ class Run:
 
     def _arguments_for_more(self) -> list[str]:
         """This run's arguments with twice its length."""
-        setting, value = ("trainer.max_tokens", self.config.trainer.max_tokens) if self.config.trainer.max_tokens else ("trainer.max_steps", self.total_steps)
+        setting, value = (
+            ("trainer.max_tokens", self.config.trainer.max_tokens)
+            if self.config.trainer.max_tokens
+            else ("trainer.max_steps", self.total_steps)
+        )
         assert value is not None
         return [argument for argument in self.arguments if not argument.startswith(f"{setting}=")] + [f"{setting}={2 * value}"]
 

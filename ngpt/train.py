@@ -31,7 +31,7 @@ EXIT_DIVERGED = 3
 
 def train(config: RunConfig, arguments: list[str]) -> int:
     """Train as `config` says. Returns the exit code: 0 done, 75 stopped by SIGTERM or SIGUSR1 after saving, 130 by Ctrl-C after saving."""
-    from ngpt.run import Run, due  # noqa: PLC0415  (imports torch, see above)
+    from ngpt.run import Run, due
 
     with Run(config, arguments) as run:
         if run.at_end:
@@ -78,7 +78,7 @@ def _run_job(composed: DictConfig, arguments: list[str], world_size: int) -> int
         validate(config, world_size=world_size)
     except ConfigError as error:
         _exit_with(error, EXIT_USER_ERROR)
-    from ngpt.run import USER_ERRORS, TrainingDiverged  # noqa: PLC0415  (imports torch, see above)
+    from ngpt.run import USER_ERRORS, TrainingDiverged
 
     try:
         code = train(config, arguments)

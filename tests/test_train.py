@@ -88,11 +88,17 @@ def stop_after(monkeypatch):
     monkeypatch.undo()
 
 
-
 def test_a_run_writes_what_the_pages_promise(tmp_path):
     assert run_in(tmp_path, "optimizer=natural_galore", *LOW_RANK, "checkpoint.every_steps=3", "checkpoint.keep=2") == 0
     folder = tmp_path / "tiny"
-    assert {path.name for path in folder.iterdir()} == {"config.yaml", "manifest.json", "metrics.jsonl", "metrics.png", "train.log", "checkpoints"}
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        "metrics.png",
+        "train.log",
+        "checkpoints",
+    }
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest", "step-0000006", "step-0000008"]
     assert yaml.safe_load((folder / "config.yaml").read_text())["optimizer"]["rank"] == 8
     assert json.loads((folder / "manifest.json").read_text())["starts"][0]["config"]["seed"] == 0
@@ -119,7 +125,13 @@ def test_a_run_writes_what_the_pages_promise(tmp_path):
         ["optimizer=natural_galore", *LOW_RANK, "optimizer.history=4", "trainer.grad_clip=0.5"],
         ["optimizer=natural_galore", *LOW_RANK, "optimizer.history=4", "optimizer.apply=whole", "trainer.precision=bf16"],
         ["optimizer=natural_galore", *LOW_RANK, "trainer.precision=bf16_master"],
-        ["optimizer=natural_galore", *LOW_RANK, "optimizer.apply=immediate", "trainer.micro_batch_size=8", "trainer.precision=bf16_nearest"],
+        [
+            "optimizer=natural_galore",
+            *LOW_RANK,
+            "optimizer.apply=immediate",
+            "trainer.micro_batch_size=8",
+            "trainer.precision=bf16_nearest",
+        ],
         ["optimizer=adamw", "data.packing=pad"],
     ],
     ids=lambda overrides: " ".join(overrides).replace("optimizer.", "").replace("trainer.", ""),
@@ -174,7 +186,9 @@ def test_per_layer_updates_equal_plain_backward(tmp_path):
 
 def test_accumulation_8_x_1_equals_1_x_8(tmp_path):
     for micro in (1, 2, 8):
-        run_in(tmp_path / str(micro), "optimizer=adamw", f"trainer.micro_batch_size={micro}", "data.packing=pad")  # rows with unequal numbers of labels
+        run_in(
+            tmp_path / str(micro), "optimizer=adamw", f"trainer.micro_batch_size={micro}", "data.packing=pad"
+        )  # rows with unequal numbers of labels
     reference = [row["train/loss"] for row in records(tmp_path / "8") if "train/loss" in row]
     for micro in (1, 2):
         assert [row["train/loss"] for row in records(tmp_path / str(micro)) if "train/loss" in row] == pytest.approx(reference, abs=2e-5)
@@ -232,7 +246,15 @@ def test_a_nan_gradient_skips_the_update_and_leaves_its_batch_on_disk(tmp_path, 
 @pytest.mark.parametrize("apply", ["whole", "deferred"])
 def test_a_skipped_update_changes_neither_weights_nor_state(tmp_path, monkeypatch, apply):
     break_gradients(monkeypatch, {2})
-    run_in(tmp_path, *LOW_RANK, f"optimizer.apply={apply}", "trainer.max_steps=3", "scheduler.warmup_steps=0", "checkpoint.every_steps=1", "checkpoint.keep=9")
+    run_in(
+        tmp_path,
+        *LOW_RANK,
+        f"optimizer.apply={apply}",
+        "trainer.max_steps=3",
+        "scheduler.warmup_steps=0",
+        "checkpoint.every_steps=1",
+        "checkpoint.keep=9",
+    )
     before, after = weights(tmp_path, 1), weights(tmp_path, 2)
     assert all(torch.equal(before[name], after[name]) for name in before)
     states = [torch.load(tmp_path / f"tiny/checkpoints/step-000000{step}/optimizer.pt", weights_only=True)["state"] for step in (1, 2)]

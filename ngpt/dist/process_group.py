@@ -37,7 +37,8 @@ def choose_device(requested: str, ranks: Ranks) -> torch.device:
     """The device that `trainer.device` names. Raises ValueError where it asks for a GPU that is not there."""
     if requested == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            "trainer.device = cuda: torch sees no NVIDIA GPU here; use trainer.device=auto, or install a CUDA build of torch and check `nvidia-smi`"
+            "trainer.device = cuda: torch sees no NVIDIA GPU here; use trainer.device=auto, "
+            "or install a CUDA build of torch and check `nvidia-smi`"
         )
     if requested == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")

@@ -26,7 +26,8 @@ def step_line(record: Record, *, total_steps: int, seconds_left: float) -> str:
     step, width = int(record["step"] or 0), len(str(total_steps))
     return (
         f"step {step:>{width}}/{total_steps} ({step / total_steps:6.1%}) | loss {_number(record['train/loss'], '.4f'):>7} | "
-        f"ppl {_number(record['train/perplexity'], '.1f'):>8} | lr {record['optim/lr']:.2e} | gnorm {_number(record['optim/grad_norm'], '.2f'):>6} | "
+        f"ppl {_number(record['train/perplexity'], '.1f'):>8} | lr {record['optim/lr']:.2e} | "
+        f"gnorm {_number(record['optim/grad_norm'], '.2f'):>6} | "
         f"mem {(record['memory/peak_allocated_gib'] or 0):.2f}GiB | tok/s {round(record['throughput/tokens_per_sec'] or 0):>9,} | "
         f"mfu {record['throughput/mfu']:5.1%} | eta {duration(seconds_left)}"
     )
@@ -37,7 +38,8 @@ def eval_line(record: Record, *, total_steps: int) -> str:
     bits = record.get("val/bits_per_byte")
     return (
         f"eval {int(record['step'] or 0):>{len(str(total_steps))}}/{total_steps} | val loss {_number(record['val/loss'], '.4f')} | "
-        f"val ppl {_number(record['val/perplexity'], '.2f')} (galore protocol {_number(record['val/perplexity_galore_protocol'], '.2f')}) | "
+        f"val ppl {_number(record['val/perplexity'], '.2f')} "
+        f"(galore protocol {_number(record['val/perplexity_galore_protocol'], '.2f')}) | "
         + (f"{bits:.4f} bits/byte | " if bits is not None else "")
         + f"{int(record['val/tokens'] or 0):,} tokens in {record['time/eval_s']:.1f}s"
     )

@@ -50,7 +50,9 @@ class StepMetrics:
         self._step_seconds.append(result.step_seconds)
         self._data_seconds.append(result.data_seconds)
 
-    def record(self, result: StepResult, *, state_bytes: Mapping[str, int], memory: Mapping[str, float], sources: Mapping[str, float]) -> Record:
+    def record(
+        self, result: StepResult, *, state_bytes: Mapping[str, int], memory: Mapping[str, float], sources: Mapping[str, float]
+    ) -> Record:
         """The record of the step just added; starts the next interval.
 
         Args:

@@ -13,7 +13,7 @@ def plot_run(metrics_file: Path, picture: Path, *, title: str, references: dict[
     Args:
         references: name -> held-out perplexity of something to compare with, drawn as a level line.
     """
-    from matplotlib.figure import Figure  # noqa: PLC0415  (slow to import, and needed only once a run is over)
+    from matplotlib.figure import Figure
 
     records = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(13, 3.8), layout="constrained")
@@ -22,7 +22,10 @@ def plot_run(metrics_file: Path, picture: Path, *, title: str, references: dict[
     unit, scale = _token_unit(records)
 
     for axes, quantity in ((loss_axes, "loss"), (perplexity_axes, "perplexity")):
-        for split, style in (("train", {"lw": 1.0, "color": "#9bb8d3"}), ("val", {"lw": 1.8, "color": "#c2410c", "marker": "o", "ms": 3.5})):
+        for split, style in (
+            ("train", {"lw": 1.0, "color": "#9bb8d3"}),
+            ("val", {"lw": 1.8, "color": "#c2410c", "marker": "o", "ms": 3.5}),
+        ):
             tokens, values = _series(records, f"{split}/{quantity}", scale)
             axes.plot(tokens, values, label=split, **style)
     perplexity_axes.set_yscale("log")

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class JsonlSink:
-    """`metrics.jsonl`: one flat JSON object a line. A resumed run drops the records past the step it continues from, so none comes twice."""
+    """`metrics.jsonl`: one flat JSON object a line. A resumed run first drops the records past its checkpoint, so none comes twice."""
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
         kept = [line for line in _lines(path) if _step(line) <= resume_step]
@@ -43,12 +43,14 @@ class WandbSink:
         if config.wandb == "disabled":
             return
         try:
-            import wandb  # noqa: PLC0415  (half a second that runs without W&B need not wait for)
+            import wandb
 
             mode = config.wandb
             # prompt=False: a job in a queue must not wait for somebody to type a key.
             if mode == "online" and not wandb.login(prompt=False, verify=False):
-                logger.warning("W&B: no API key found (run `wandb login` or set WANDB_API_KEY); logging offline, upload later with `wandb sync`")
+                logger.warning(
+                    "W&B: no API key found (run `wandb login` or set WANDB_API_KEY); logging offline, upload later with `wandb sync`"
+                )
                 mode = "offline"
             self._run = wandb.init(
                 mode=mode,

@@ -32,7 +32,9 @@ def batches(count, rows=4, seed=0):
     return [{"x": torch.randn(rows, 6, generator=generator), "y": torch.randn(rows, 3, generator=generator)} for _ in range(count)]
 
 
-def build(apply="whole", *, clip=0.0, dtype=torch.float32, optimizer=lambda model: AdamW(model.named_parameters(), lr=0.1, weight_decay=0.0)):
+def build(
+    apply="whole", *, clip=0.0, dtype=torch.float32, optimizer=lambda model: AdamW(model.named_parameters(), lr=0.1, weight_decay=0.0)
+):
     torch.manual_seed(0)
     return LocalEngine(Regression, optimizer, device=CPU, dtype=dtype, apply=apply, grad_clip=clip)
 

@@ -37,7 +37,9 @@ class FakeEngine:
         self.updates: list[SimpleNamespace] = []
 
     def begin_update(self, *, lr_multiplier: float, loss_divisor: float, num_micro_batches: int) -> None:
-        self.updates.append(SimpleNamespace(lr_multiplier=lr_multiplier, loss_divisor=loss_divisor, num_micro_batches=num_micro_batches, seen=0))
+        self.updates.append(
+            SimpleNamespace(lr_multiplier=lr_multiplier, loss_divisor=loss_divisor, num_micro_batches=num_micro_batches, seen=0)
+        )
 
     def accumulate(self, inputs: Mapping[str, Tensor]) -> Tensor:
         self.updates[-1].seen += 1

@@ -16,8 +16,8 @@ from ngpt.telemetry.metrics import GIB, StepMetrics, device_memory, device_peak_
 
 def result(step=1, **changes):
     values = {
-        "step": step, "tokens": 100 * step, "step_tokens": 100, "loss": 2.0, "grad_norm": 0.5, "lr": 1e-3, "applied": True, "skipped_steps": 0,
-        "gradient_bytes": GIB // 2, "step_seconds": 0.5, "data_seconds": 0.1, "batches": [],
+        "step": step, "tokens": 100 * step, "step_tokens": 100, "loss": 2.0, "grad_norm": 0.5, "lr": 1e-3, "applied": True,
+        "skipped_steps": 0, "gradient_bytes": GIB // 2, "step_seconds": 0.5, "data_seconds": 0.1, "batches": [],
     } | changes  # fmt: skip
     return StepResult(**values)
 
@@ -95,14 +95,17 @@ def test_the_console_line_is_the_documented_one_and_always_as_wide(metrics):
     metrics.add(result())
     first = step_line(record_of(metrics, result()), total_steps=10_000, seconds_left=5025.0)
     assert first == (
-        "step     1/10000 (  0.0%) | loss  2.0000 | ppl      7.4 | lr 1.00e-03 | gnorm   0.50 | mem 2.00GiB | tok/s       200 | mfu 12.5% | eta 1:23:45"
+        "step     1/10000 (  0.0%) | loss  2.0000 | ppl      7.4 | lr 1.00e-03 | gnorm   0.50 | mem 2.00GiB | "
+        "tok/s       200 | mfu 12.5% | eta 1:23:45"
     )
     late = result(10_000, loss=10.25, grad_norm=123.4)
     metrics.add(late)
     assert len(step_line(record_of(metrics, late), total_steps=10_000, seconds_left=0)) == len(first)
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00:00"), (59.6, "0:01:00"), (3661, "1:01:01"), (360000, "100:00:00"), (-3, "0:00:00")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00:00"), (59.6, "0:01:00"), (3661, "1:01:01"), (360000, "100:00:00"), (-3, "0:00:00")]
+)
 def test_duration(seconds, text):
     assert duration(seconds) == text
 
