@@ -88,7 +88,7 @@ class AdamW(torch.optim.Optimizer):
         tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in params]
         taken = {p for group in self.param_groups for p in group["params"]}
         for position, (entry, p) in enumerate(zip(params, tensors, strict=True)):
-            label = f"{where}, parameter {entry[0] if isinstance(entry, tuple) else position!r}"
+            label = f"{where}, parameter {entry[0] if isinstance(entry, tuple) else position}"
             if p in taken:
                 raise ValueError(f"{label}: it is in this or another group already; every parameter belongs to exactly one")
             taken.add(p)

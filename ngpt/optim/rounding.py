@@ -16,8 +16,8 @@ def counter_seed(seed: int, *counters: int) -> int:
     Random numbers named by what they are for, rather than drawn from a running generator, need no state to be saved: a resumed run,
     and every rank that holds the same weight, draws the same ones.
     """
-    value = seed & 0xFFFFFFFFFFFFFFFF
-    for counter in counters:
+    value = 0
+    for counter in (seed, *counters):
         value = (value ^ counter) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
         value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
         value = (value ^ value >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
