@@ -228,7 +228,7 @@ class TrainerConfig:
     )
     device: str = setting("auto", "auto: an NVIDIA GPU if there is one", choices=("auto", "cpu", "cuda"))
     activation_checkpointing: str = setting("off", "off; full: recompute every block; every_K: recompute every K-th block, e.g. every_2")
-    loss_chunk_tokens: int = setting(2048, "positions whose logits exist at one time", at_least=1)
+    loss_chunk_tokens: int = setting(1024, "positions whose logits exist at one time", at_least=1)
     compile: bool = setting(False, "compile the decoder blocks with torch.compile")
     peak_flops: Optional[float] = setting(None, "FLOP/s of one device for the MFU (null: known from its name, or measured)", above=0)
     max_nonfinite_steps: int = setting(10, "skipped updates in a row (loss or gradient not finite) after which the run stops", at_least=1)
