@@ -15,6 +15,7 @@ from ngpt.optim.rounding import generator_for, stochastic_round_
 from ngpt.optim.state import check_state_fits, copy_state_
 
 BASIS_STREAM, ROUNDING_STREAM = 0, 1  # first counter of the random numbers of a parameter: what they are for
+PIECE_ELEMENTS = 1 << 20  # weights widened to fp32 at one time
 
 
 @dataclass(frozen=True)
@@ -156,16 +157,16 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            plain = []
+            native = []
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 if self._is_plain(group) and p.dtype == compute_dtype(p):
-                    plain.append(p)
+                    native.append(p)
                 else:
                     self.apply_gradient(p, self.reduce_gradient(p, p.grad))
-            if plain:
-                self._update_plain(plain, [self.reduce_gradient(p, p.grad) for p in plain], group)
+            if native:
+                self._update_native(native, [self.reduce_gradient(p, p.grad) for p in native], group)
         return loss
 
     def reduce_gradient(self, p: Tensor, grad: Tensor, *, first: bool = True) -> Tensor:
@@ -207,43 +208,67 @@ class AdamW(torch.optim.Optimizer):
         """Make final what `reduce_gradient` prepared."""
 
     def _update(self, p: Tensor, reduced: Tensor) -> None:
-        self._update_plain([p], [reduced], self.slot(p).group)
+        group = self.slot(p).group
+        if p.dtype == compute_dtype(p):
+            self._update_native([p], [reduced], group)
+        else:
+            self._update_widened(p, reduced, group)
 
     def _written_by_update(self, p: Tensor) -> list[Tensor]:
         """The tensors (or views of the parts) on the device that `_update` is about to change."""
         return [p, *(tensor for key, tensor in self.state[p].items() if key in ("exp_avg", "exp_avg_sq", "master"))]
 
-    def _update_plain(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
+    def _update_native(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
+        """AdamW on weights that have the dtype of their moments, all at once."""
         states = [self.state[p] for p in params]
         for state in states:
             state["step"] += 1
-        weights = [self._working_weight(p) for p in params]
         adam.adamw_(
-            weights,
-            [grad.to(weight.dtype) for grad, weight in zip(grads, weights, strict=True)],
+            params,
+            grads,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [int(state["step"]) for state in states],
-            lr=float(group["lr"]),
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
+            **_adamw_settings(group),
         )
-        for p, weight in zip(params, weights, strict=True):
-            self._store_weight(p, weight)
+
+    def _update_widened(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        """AdamW on one low-precision weight, in fp32, some rows at a time, so that the fp32 copies stay small."""
+        state = self.state[p]
+        state["step"] += 1
+        tensors = [torch.atleast_1d(t) for t in (p, grad, state["exp_avg"], state["exp_avg_sq"], state.get("master", p))]
+        rows = max(1, PIECE_ELEMENTS // max(1, tensors[0][:1].numel()))
+        generator = self._rounding_generator(p)
+        for stored, grad_piece, first, second, master in zip(*(t.split(rows) for t in tensors), strict=True):
+            weight = master if "master" in state else stored.to(torch.float32)
+            adam.adamw_([weight], [grad_piece.to(torch.float32)], [first], [second], [int(state["step"])], **_adamw_settings(group))
+            store_weight_(stored, weight, generator)
 
     # ----------------------------------------------------------------------------------------------------------- weights
     def _working_weight(self, p: Tensor) -> Tensor:
         """The tensor that the arithmetic of an update changes in place: the fp32 weight itself, its master, or a widened copy."""
-        return self.state[p].get("master", p if p.dtype == compute_dtype(p) else p.to(torch.float32))
+        if p.dtype == compute_dtype(p):
+            return p
+        master = self.state[p].get("master")
+        return p.to(torch.float32) if master is None else master
 
-    def _store_weight(self, p: Tensor, weight: Tensor) -> None:
-        """Round an updated working weight into the parameter."""
-        if weight is p:
-            return
+    def _rounding_generator(self, p: Tensor) -> torch.Generator | None:
+        """Source of the random bits of this update's rounding, or None where new weights are rounded to nearest (or not at all)."""
         slot = self.slot(p)
-        if slot.group["rounding"] == "stochastic" and p.dtype == torch.bfloat16:
-            counters = (ROUNDING_STREAM, slot.index, int(self.state[p]["step"]))
-            stochastic_round_(p, weight, generator_for(p.device, slot.group["seed"], *counters))
-        else:
-            p.copy_(weight)
+        if slot.group["rounding"] != "stochastic" or p.dtype != torch.bfloat16:
+            return None
+        return generator_for(p.device, slot.group["seed"], ROUNDING_STREAM, slot.index, int(self.state[p]["step"]))
+
+
+def store_weight_(stored: Tensor, weight: Tensor, generator: torch.Generator | None) -> None:
+    """Round an updated working weight into the parameter: stochastically if there is a generator."""
+    if stored is weight:
+        return
+    if generator is None:
+        stored.copy_(weight)
+    else:
+        stochastic_round_(stored, weight, generator)
+
+
+def _adamw_settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {"lr": float(group["lr"]), "betas": group["betas"], "eps": group["eps"], "weight_decay": group["weight_decay"]}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ngpt.optim import adam, natural_gradient, rotation
-from ngpt.optim.adamw import BASIS_STREAM, AdamW, compute_dtype
+from ngpt.optim.adamw import BASIS_STREAM, AdamW, compute_dtype, store_weight_
 from ngpt.optim.hyper_parameters import check_matrix
 from ngpt.optim.projection import find_basis, lift_onto_, project, short_side_first
 from ngpt.optim.rounding import generator_for
@@ -161,7 +161,7 @@ class LowRankAdamW(AdamW):
             short_side_first(weight).add_(direction_rb, alpha=factor)
         if decay != 0:
             weight.mul_(1 - lr * decay)
-        self._store_weight(p, weight)
+        store_weight_(p, weight, self._rounding_generator(p))
 
     def _direction(self, state: dict[str, Tensor], low_rb: Tensor, group: dict[str, Any]) -> Tensor:
         """N of shape (r, b): natural gradient, then moments. Counts the update."""
