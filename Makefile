@@ -48,6 +48,9 @@ types: $(installed_types) ## check the annotations with pyright
 format: $(installed_dev) ## let ruff repair what it can
 	$(py) -m ruff check --fix .
 
+docs: map ## write the pages that are made from the code: the map and the configuration
+	$(py) -m ngpt.config.reference
+
 map: $(installed) ## write docs/map.md from the modules' docstrings
 	$(py) docs/make_map.py
 

@@ -29,7 +29,7 @@ command -v "$python" >/dev/null || fail "no '$python' on this machine." "Install
 # Set as variables, the pins hold there too (an old pip reads the first of the two, a new one the second).
 export PIP_USE_PEP517=1 PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0 PIP_NO_INPUT=1
-pip_install() { "$venv/bin/python" -m pip install --quiet "$@"; }
+pip_install() { "$venv/bin/python" -m pip install --quiet --quiet "$@"; }
 
 # torch comes first and alone: it is then there when the others ask for any torch, and none of them replaces the CPU build.
 torch=$(sed -n 's/^torch==//p' constraints.txt)

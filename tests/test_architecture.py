@@ -44,19 +44,20 @@ class Import(NamedTuple):
 
     name: str
     line: int
-    on_use: bool  # inside a function
+    on_use: bool  # inside a function, or under TYPE_CHECKING and so never at run time
 
 
 def imports_of(tree: ast.Module) -> Iterator[Import]:
     """Every import of a module, those inside functions and under TYPE_CHECKING included."""
-    inside_functions = {
-        id(node)
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        for node in ast.walk(function)
+    deferred = {
+        id(inner)
+        for outer in ast.walk(tree)
+        if isinstance(outer, ast.FunctionDef | ast.AsyncFunctionDef)
+        or (isinstance(outer, ast.If) and ast.unparse(outer.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"})
+        for inner in ast.walk(outer)
     }
     for node in ast.walk(tree):
-        on_use = id(node) in inside_functions
+        on_use = id(node) in deferred
         if isinstance(node, ast.Import):
             yield from (Import(alias.name, node.lineno, on_use) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -199,6 +200,10 @@ def test_the_train_command_loads_no_torch_before_the_settings_are_checked() -> N
     assert loaded_after("import ngpt.train", ["torch", "deepspeed", "wandb"]) == []
 
 
+def test_training_loads_no_package_before_its_use() -> None:
+    assert loaded_after("import ngpt.run", [*sorted(IMPORTED_ON_USE), "deepspeed", "transformers", "pandas"]) == []
+
+
 def test_the_configuration_tree_holds_values_and_no_code_paths() -> None:
     offenders = [path.name for path in (REPOSITORY / "conf").rglob("*.yaml") if "_target_" in path.read_text(encoding="utf-8")]
     assert offenders == []
@@ -215,6 +220,7 @@ def skeleton(tmp_path: Path) -> Path:
         (folder / "__init__.py").write_text(f'"""Room {room}."""\n')
         (folder / "part.py").write_text("".join(f"from ngpt.{other} import part as {other}_part\n" for other in sorted(allowed)))
     (tmp_path / "ngpt" / "__init__.py").write_text('"""Package."""\n')
+    (tmp_path / "ngpt/data/hub.py").write_text("from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n    import datasets\n")
     (tmp_path / "ngpt" / "train.py").write_text("import hydra\n" + "".join(f"import ngpt.{room}.part\n" for room in MAY_IMPORT))
     (tmp_path / THE_HOOK_FILE).write_text(f"def attach(p, f):\n    p.{THE_HOOK}(f)\n")
     (tmp_path / "data_prep").mkdir()
