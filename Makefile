@@ -49,7 +49,7 @@ format: $(installed_dev) ## let ruff repair what it can
 	$(py) -m ruff check --fix .
 
 docs: map ## write the pages that are made from the code: the map and the configuration
-	$(py) -m ngpt.config.reference
+	$(py) -m ngpt.config.reference docs/configuration.md
 
 map: $(installed) ## write docs/map.md from the modules' docstrings
 	$(py) docs/make_map.py
