@@ -24,7 +24,7 @@ _LONGEST_WAIT_SECONDS = 60.0
 # The position of `datasets` is taken once in so many rows: the call costs more than a row.
 _ROWS_PER_POSITION = 256
 # A machine without a network should hear so soon; `huggingface_hub` has retried by itself before it fails.
-_RETRIES_OF_OPENING = 2
+_RETRIES_OF_OPENING = 1
 _NETWORK_PACKAGES = frozenset(["aiohttp", "httpcore", "httpx", "requests", "urllib3", "http", "asyncio"])
 
 
