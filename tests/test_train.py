@@ -70,12 +70,40 @@ def assert_same_weights(left: Path, right: Path) -> None:
         assert torch.equal(ours[name], theirs[name]), name
 
 
+@pytest.fixture(autouse=True)
+def _no_picture(request, monkeypatch):
+    """Drawing takes longer than all the rest of a tiny run; one test looks at the picture."""
+    if "draws" not in request.fixturenames:
+        monkeypatch.setattr("ngpt.run.plot_run", lambda *_args, **_kwargs: None)
+
+
+@pytest.fixture
+def draws():
+    """Ask for the real picture."""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Folder of the run with these overrides that nobody stopped, trained once."""
+    folders: dict[tuple[str, ...], Path] = {}
+
+    def folder_of(overrides: list[str]) -> Path:
+        key = tuple(overrides)
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("straight")
+            assert run_in(folders[key], *overrides) == 0
+        return folders[key]
+
+    return folder_of
+
+
 @pytest.fixture
 def stop_after(monkeypatch):
     """Send this process a signal once the result of a certain step is recorded."""
 
+    record = Run.record
+
     def arrange(step: int, number: int = signal.SIGTERM) -> None:
-        record = Run.record
 
         def record_and_stop(self, result):
             record(self, result)
@@ -84,11 +112,10 @@ def stop_after(monkeypatch):
 
         monkeypatch.setattr(Run, "record", record_and_stop)
 
-    yield arrange
-    monkeypatch.undo()
+    return arrange
 
 
-def test_a_run_writes_what_the_pages_promise(tmp_path):
+def test_a_run_writes_what_the_pages_promise(tmp_path, draws):
     assert run_in(tmp_path, "optimizer=natural_galore", *LOW_RANK, "checkpoint.every_steps=3", "checkpoint.keep=2") == 0
     folder = tmp_path / "tiny"
     assert {path.name for path in folder.iterdir()} == {
@@ -137,12 +164,11 @@ def test_a_run_writes_what_the_pages_promise(tmp_path):
     ids=lambda overrides: " ".join(overrides).replace("optimizer.", "").replace("trainer.", ""),
 )
 @pytest.mark.parametrize("stopped_at", [1, 5])
-def test_a_run_stopped_by_sigterm_continues_exactly(tmp_path, stop_after, monkeypatch, overrides, stopped_at):
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    assert run_in(straight, *overrides) == 0
+def test_a_run_stopped_by_sigterm_continues_exactly(tmp_path, uninterrupted, stop_after, overrides, stopped_at):
+    straight, stopped = uninterrupted(overrides), tmp_path
     stop_after(stopped_at)
     assert run_in(stopped, *overrides) == 75
-    monkeypatch.undo()
+    stop_after(0)
     assert (stopped / "tiny" / "checkpoints" / f"step-{stopped_at:07d}" / ".complete").exists()
     assert run_in(stopped, *overrides) == 0
     assert trajectory(stopped) == trajectory(straight)
@@ -194,11 +220,11 @@ def test_accumulation_8_x_1_equals_1_x_8(tmp_path):
         assert [row["train/loss"] for row in records(tmp_path / str(micro)) if "train/loss" in row] == pytest.approx(reference, abs=2e-5)
 
 
-def test_the_micro_batch_may_change_in_the_middle_of_a_run(tmp_path, stop_after, monkeypatch):
+def test_the_micro_batch_may_change_in_the_middle_of_a_run(tmp_path, stop_after):
     run_in(tmp_path / "straight", "optimizer=adamw")
     stop_after(4)
     run_in(tmp_path / "changed", "optimizer=adamw")
-    monkeypatch.undo()
+    stop_after(0)
     run_in(tmp_path / "changed", "optimizer=adamw", "trainer.micro_batch_size=2")
     losses, reference = ([row["train/loss"] for row in records(tmp_path / name) if "train/loss" in row] for name in ("changed", "straight"))
     assert losses == pytest.approx(reference, abs=2e-5)
