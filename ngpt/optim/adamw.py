@@ -15,7 +15,8 @@ from ngpt.optim.rounding import generator_for, stochastic_round_
 from ngpt.optim.state import check_state_fits, copy_state_
 
 BASIS_STREAM, ROUNDING_STREAM = 0, 1  # first counter of the random numbers of a parameter: what they are for
-PIECE_ELEMENTS = 1 << 20  # weights widened to fp32 at one time
+PIECE_ELEMENTS = {"cpu": 1 << 18}  # weights updated at one time: temporaries stay in a core's cache,
+PIECE_ELEMENTS_ELSEWHERE = 1 << 24  # or, on accelerators, small beside the weights without costing kernel launches
 
 
 @dataclass(frozen=True)
@@ -157,16 +158,16 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            native = []
+            small = []
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if self._is_plain(group) and p.dtype == compute_dtype(p):
-                    native.append(p)
+                if self._is_plain(group) and p.dtype == compute_dtype(p) and p.numel() <= _piece_elements(p):
+                    small.append(p)
                 else:
                     self.apply_gradient(p, self.reduce_gradient(p, p.grad))
-            if native:
-                self._update_native(native, [self.reduce_gradient(p, p.grad) for p in native], group)
+            if small:
+                self._update_together(small, [self.reduce_gradient(p, p.grad) for p in small], group)
         return loss
 
     def reduce_gradient(self, p: Tensor, grad: Tensor, *, first: bool = True) -> Tensor:
@@ -208,18 +209,14 @@ class AdamW(torch.optim.Optimizer):
         """Make final what `reduce_gradient` prepared."""
 
     def _update(self, p: Tensor, reduced: Tensor) -> None:
-        group = self.slot(p).group
-        if p.dtype == compute_dtype(p):
-            self._update_native([p], [reduced], group)
-        else:
-            self._update_widened(p, reduced, group)
+        self._update_in_pieces(p, reduced, self.slot(p).group)
 
     def _written_by_update(self, p: Tensor) -> list[Tensor]:
         """The tensors (or views of the parts) on the device that `_update` is about to change."""
         return [p, *(tensor for key, tensor in self.state[p].items() if key in ("exp_avg", "exp_avg_sq", "master"))]
 
-    def _update_native(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
-        """AdamW on weights that have the dtype of their moments, all at once."""
+    def _update_together(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
+        """AdamW on small weights that have the dtype of their moments, all at once: on an accelerator, few kernels."""
         states = [self.state[p] for p in params]
         for state in states:
             state["step"] += 1
@@ -232,16 +229,16 @@ class AdamW(torch.optim.Optimizer):
             **_adamw_settings(group),
         )
 
-    def _update_widened(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        """AdamW on one low-precision weight, in fp32, some rows at a time, so that the fp32 copies stay small."""
+    def _update_in_pieces(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        """AdamW on one weight, some rows at a time, so that temporaries (and fp32 copies of a bf16 weight) stay small."""
         state = self.state[p]
         state["step"] += 1
         tensors = [torch.atleast_1d(t) for t in (p, grad, state["exp_avg"], state["exp_avg_sq"], state.get("master", p))]
-        rows = max(1, PIECE_ELEMENTS // max(1, tensors[0][:1].numel()))
+        rows = max(1, _piece_elements(p) // max(1, tensors[0][:1].numel()))
         generator = self._rounding_generator(p)
         for stored, grad_piece, first, second, master in zip(*(t.split(rows) for t in tensors), strict=True):
-            weight = master if "master" in state else stored.to(torch.float32)
-            adam.adamw_([weight], [grad_piece.to(torch.float32)], [first], [second], [int(state["step"])], **_adamw_settings(group))
+            weight = master if "master" in state else stored.to(first.dtype)
+            adam.adamw_([weight], [grad_piece.to(first.dtype)], [first], [second], [int(state["step"])], **_adamw_settings(group))
             store_weight_(stored, weight, generator)
 
     # ----------------------------------------------------------------------------------------------------------- weights
@@ -268,6 +265,10 @@ def store_weight_(stored: Tensor, weight: Tensor, generator: torch.Generator | N
         stored.copy_(weight)
     else:
         stochastic_round_(stored, weight, generator)
+
+
+def _piece_elements(p: Tensor) -> int:
+    return PIECE_ELEMENTS.get(p.device.type, PIECE_ELEMENTS_ELSEWHERE)
 
 
 def _adamw_settings(group: dict[str, Any]) -> dict[str, Any]:
