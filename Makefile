@@ -54,9 +54,6 @@ docs: map ## write the pages that are made from the code: the map and the config
 map: $(installed) ## write docs/map.md from the modules' docstrings
 	$(py) docs/make_map.py
 
-docs: $(installed) ## write docs/configuration.md from the schema and conf/
-	$(py) -m ngpt.config.reference docs/configuration.md
-
 clean: ## remove the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

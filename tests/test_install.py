@@ -91,4 +91,5 @@ def test_make_help_lists_every_target() -> None:
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     targets = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
     assert targets is not None
+    assert done.stderr == "", "make itself has something to complain of"
     assert {line.split()[0] for line in done.stdout.splitlines()[1:]} == set(targets.group(1).split())
