@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-OVERSAMPLING = 8  # extra columns of the range finder; 5-10 are the usual choice (Halko, Martinsson, Tropp 2011, section 4.2)
+OVERSAMPLING = 8  # extra columns of the range finder; 5-10 are the usual choice (Halko, Martinsson, Tropp 2011)
 POWER_ITERATIONS = 2
 
 
@@ -22,7 +22,7 @@ def short_side_first(matrix: Tensor) -> Tensor:
 
 
 def project(grad_ab: Tensor, basis_ar: Tensor) -> Tensor:
-    """R = P'G, shape (r, b), in the dtype of the basis (GaLore, arXiv:2403.03507, eq. 3)."""
+    """R = P'G, shape (r, b), in the dtype of the basis (GaLore, arXiv:2403.03507)."""
     return basis_ar.mT @ grad_ab.to(basis_ar.dtype)
 
 

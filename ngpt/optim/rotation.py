@@ -17,7 +17,7 @@ def change_of_basis(new_ar: Tensor, old_ar: Tensor) -> Tensor:
 
 
 def rotate_moments(change_rr: Tensor, first_rb: Tensor, second_rb: Tensor, betas: tuple[float, float], t: int) -> tuple[Tensor, Tensor]:
-    """m <- C m, and v by LDAdam's form (arXiv:2410.16103, algorithm 1), which cannot turn negative:
+    """m <- C m, and v by LDAdam's form (arXiv:2410.16103), which cannot turn negative:
 
     v <- (1 - b2^t) | (C o C)(v^ - m^ o m^) + (C m^) o (C m^) |, where m^ and v^ are bias-corrected after t updates: the variance of
     each new coordinate if the old ones were uncorrelated, plus the square of its mean. Changing the sign of basis vectors changes

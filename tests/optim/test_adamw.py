@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ngpt.optim import AdamW, GaLore, NaturalGaLore, low_rank_groups
+from ngpt.optim import AdamW, GaLore, NaturalGaLore, adamw, low_rank_groups
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -118,3 +118,15 @@ def test_any_module_learns_in_twenty_lines() -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert sum(losses[-10:]) < 0.2 * sum(losses[:10])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rounding", ["nearest", "master"])
+def test_updating_a_weight_in_pieces_changes_nothing(
+    make_network, train, identical, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rounding: str
+) -> None:
+    whole, pieces = make_network(dtype), make_network(dtype)
+    train(whole, AdamW(whole.parameters(), lr=0.01, rounding=rounding), range(5))
+    monkeypatch.setattr(adamw, "PIECE_ELEMENTS", {"cpu": 40})
+    train(pieces, AdamW(pieces.parameters(), lr=0.01, rounding=rounding), range(5))
+    assert identical(whole, pieces)
