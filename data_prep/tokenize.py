@@ -33,7 +33,7 @@ def tokenize_file(source: str, target: Path, tokenizer: Tokenizer, max_bad_docum
     documents, tokens, digest = 0, 0, hashlib.sha256()
     reader = JsonLinesSource([source], [], None).open(Share("train"), None, skipped.tally())
     with atomic_file(target) as out:
-        for block in read_in_order(reader, tokenizer.encode, tokenizer.eos_id):
+        for block in read_in_order(reader, tokenizer.encode_documents, tokenizer.eos_id):
             data = block.tokens.astype(dtype).tobytes()
             out.write(data)
             digest.update(data)

@@ -63,7 +63,7 @@ def build_train_loader(
         def open_rows(stream: int, num_streams: int) -> RowSource:
             share, tally = Share("train", stream, num_streams, seed), skipped.tally(stream)
             window, eos_id = data.shuffle_window, shape.eos_id
-            blocks = TextBlocks(source, share, tokenizer.encode, eos_id=eos_id, window=window, tally=tally, executor=executor)
+            blocks = TextBlocks(source, share, tokenizer.encode_documents, eos_id=eos_id, window=window, tally=tally, executor=executor)
             return rows_of_blocks(blocks, shape)
 
     num_streams = count_streams(global_batch_size, min(data.streams, shards))
@@ -122,7 +122,7 @@ def build_eval_batches(
     else:
         assert tokenizer is not None
         reader = open_source(data, tokenizer, _retries(data)).open(Share("eval"), None, skipped.tally())
-        rows = held_out_rows(read_in_order(reader, tokenizer.encode, shape.eos_id), shape, max_tokens)
+        rows = held_out_rows(read_in_order(reader, tokenizer.encode_documents, shape.eos_id), shape, max_tokens)
     if not rows.num_label_tokens:
         raise DataError(
             f"data={data.name} holds no document out for evaluation ({skipped.totals['bad_documents']} bad ones skipped); "

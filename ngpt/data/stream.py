@@ -18,7 +18,7 @@ from ngpt.data.documents import JSON, DataError, Document, DocumentReader, Docum
 from ngpt.data.packing import TokenBlock
 from ngpt.data.seeding import derive_seed, permutation
 
-Encode = Callable[[list[str]], list[list[int]]]
+Encode = Callable[[list[str]], list[np.ndarray]]  # int32, each closed by EOS
 # Documents read at a time where the order is kept, and documents tokenised at a time: enough to keep SentencePiece's threads busy,
 # few enough that the first batch comes at once.
 _UNSHUFFLED_WINDOW = 512
@@ -149,17 +149,13 @@ class TextBlocks:
 def make_block(
     documents: list[Document], encode: Encode, eos_id: int, epoch: int, state_of: Callable[[int], dict[str, JSON]]
 ) -> TokenBlock:
-    """Tokenise documents and close each with EOS."""
+    """Tokenise documents, each closed by EOS."""
     if documents[0].tokens is None:
-        encoded = encode([document.text for document in documents])
-        for ids in encoded:
-            ids.append(eos_id)
-        starts = np.cumsum([0, *map(len, encoded)])
-        tokens = np.fromiter(itertools.chain.from_iterable(encoded), dtype=np.int32, count=int(starts[-1]))
+        pieces = encode([document.text for document in documents])
     else:
         pieces = [np.append(document.tokens, eos_id) for document in documents]
-        starts = np.cumsum([0, *map(len, pieces)])
-        tokens = np.concatenate(pieces).astype(np.int32)
+    tokens = np.concatenate(pieces, dtype=np.int32, casting="same_kind")
+    starts = np.cumsum([0, *map(len, pieces)])
     return TokenBlock(tokens, starts, [(document.file, document.line) for document in documents], epoch, state_of)
 
 

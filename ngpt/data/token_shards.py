@@ -6,7 +6,9 @@ tokenizer (fingerprint, vocab_size, eos_id), dtype, totals, and of each shard it
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -128,18 +130,18 @@ class TokenStore:
                     tokens = np.asarray(np.memmap(folder / shard.file, dtype=dtype, mode="r"))
                     self.shards.append((str(folder / shard.file), tokens))
         self.fingerprint = digest.hexdigest()
-        self._ends = np.cumsum([len(tokens) for _, tokens in self.shards])
+        self._ends = list(itertools.accumulate(len(tokens) for _, tokens in self.shards))
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if self.shards else 0
+        return self._ends[-1] if self.shards else 0
 
     def read_into(self, out: np.ndarray, first: int) -> int:
         """Copy tokens from position `first` on into `out`; returns how many there were."""
         copied = 0
-        index = int(np.searchsorted(self._ends, first, side="right"))
+        index = bisect.bisect_right(self._ends, first)
         while copied < len(out) and index < len(self.shards):
             tokens = self.shards[index][1]
-            offset = first + copied - (int(self._ends[index]) - len(tokens))
+            offset = first + copied - (self._ends[index] - len(tokens))
             piece = tokens[offset : offset + len(out) - copied]
             out[copied : copied + len(piece)] = piece
             copied, index = copied + len(piece), index + 1
@@ -147,9 +149,9 @@ class TokenStore:
 
     def place(self, position: int) -> str:
         """`file:offset` of a token."""
-        index = int(np.searchsorted(self._ends, position, side="right"))
+        index = bisect.bisect_right(self._ends, position)
         file, tokens = self.shards[index]
-        return f"{file}:{position - (int(self._ends[index]) - len(tokens))}"
+        return f"{file}:{position - (self._ends[index] - len(tokens))}"
 
 
 def _manifests(patterns: list[str], option: str) -> list[str]:

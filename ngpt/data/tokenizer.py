@@ -7,6 +7,7 @@ import os
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 import torch
 
@@ -50,6 +51,10 @@ class Tokenizer:
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without EOS. Runs on `threads` threads of SentencePiece's own."""
         return self._processor.encode(texts, out_type=int, num_threads=self.threads)
+
+    def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids of each text, closed by EOS, as int32 arrays: no Python object per token, so it is faster than `encode`."""
+        return self._processor.encode(texts, return_type="numpy", add_eos=True, num_threads=self.threads)
 
     def decode(self, ids: list[int]) -> str:
         return self._processor.decode(list(ids))

@@ -23,6 +23,13 @@ def test_text_survives_encoding(tokenizer: Tokenizer) -> None:
     assert not any(tokenizer.eos_id in ids for ids in encoded)
 
 
+def test_documents_are_encoded_as_texts_are_and_closed(tokenizer: Tokenizer) -> None:
+    texts = ["river mountain copper.", "nul \0 byte", "", " "]
+    documents = tokenizer.encode_documents(texts)
+    assert [ids.tolist() for ids in documents] == [[*ids, tokenizer.eos_id] for ids in tokenizer.encode(texts)]
+    assert all(ids.dtype == "int32" for ids in documents)
+
+
 def test_token_bytes_add_up_to_the_bytes_of_the_text(tokenizer: Tokenizer) -> None:
     text = "river mountain caf\u00e9 \N{GRINNING FACE} whistle"
     ids = tokenizer.encode([text])[0]
