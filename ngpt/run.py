@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -15,24 +15,19 @@ from typing import Any
 
 import yaml
 
+from ngpt import build
 from ngpt.checkpoint import resume, store
-from ngpt.config.schema import RunConfig, checkpointing_interval, steps_in_run
-from ngpt.config.validate import ConfigError, vocabulary_problem
-from ngpt.data.batch import Batch
+from ngpt.config.schema import RunConfig, steps_in_run
+from ngpt.config.validate import ConfigError
 from ngpt.data.documents import DataError
-from ngpt.data.loader import build_eval_batches, build_train_loader
-from ngpt.data.tokenizer import Tokenizer
-from ngpt.data.train_loader import TrainLoader
 from ngpt.data.unigram import unigram_perplexity
-from ngpt.dist.process_group import choose_device, random_state, ranks_from_environment, seed_everything, set_random_state
-from ngpt.engine.local import LocalEngine, weight_dtype
+from ngpt.dist.process_group import choose_device, random_state, ranks_from_environment, set_random_state
+from ngpt.engine.local import weight_dtype
 from ngpt.loop.evaluate import EvalResult, evaluate
 from ngpt.loop.stop import stop_on_signals
 from ngpt.loop.train_loop import Progress, TrainingDiverged, train_loop
 from ngpt.loop.train_step import StepResult
 from ngpt.model import cost
-from ngpt.model.llama import LlamaForCausalLM, compile_blocks
-from ngpt.optimizers import build_optimizer, build_schedule
 from ngpt.telemetry.console import configure_logging, duration, eval_line, step_line
 from ngpt.telemetry.manifest import write_manifest
 from ngpt.telemetry.metrics import StepMetrics, device_memory, device_peak_flops, eval_record
@@ -60,7 +55,7 @@ class Run:
         arguments: the command-line overrides, for the manifest and for the commands that are printed at the end.
 
     Raises:
-        ValueError: something that only shows once files are opened does not fit: vocabulary, data, checkpoint, device.
+        ConfigError, DataError, CheckpointError: something that only shows once files are opened does not fit.
     """
 
     def __init__(self, config: RunConfig, arguments: list[str]) -> None:
@@ -95,66 +90,21 @@ class Run:
         except ValueError as error:
             raise ConfigError([str(error)]) from error
 
-        self.tokenizer = Tokenizer.load(config.tokenizer.path) if config.tokenizer.path else None
-        if self.tokenizer and (problem := vocabulary_problem(config.model.vocab_size, self.tokenizer.vocab_size)):
-            raise ConfigError([problem])
+        self.tokenizer = build.open_tokenizer(config)
         self.settings = resume.settings_of(config, tokenizer_fingerprint=self.tokenizer.fingerprint if self.tokenizer else None)
         self.store = store.CheckpointStore(self.folder / "checkpoints", keep=config.checkpoint.keep)
         checkpoint = self._checkpoint_to_resume()
         state = self._checked_state(checkpoint) if checkpoint else {}
 
-        self.loader = self._open_loader()
+        self.loader = build.open_train_loader(config, self.tokenizer, self.ranks, pin_memory=self.device.type == "cuda")
         self._resources.callback(self.loader.close)
-        self.engine = LocalEngine(
-            self._build_model,
-            functools.partial(build_optimizer, config=config.optimizer, precision=trainer.precision, seed=config.seed),
-            device=self.device,
-            dtype=weight_dtype(trainer.precision),
-            apply=config.optimizer.apply,
-            grad_clip=trainer.grad_clip,
-        )
+        self.engine = build.build_engine(config, self.device)
         if checkpoint:
             self._restore(checkpoint, state)
         self.resumed_step = self.progress.step
-        self.eval_batches = self._eval_batches() if config.eval.every_steps or config.eval.at_end else []
+        evaluates = config.eval.every_steps or config.eval.at_end
+        self.eval_batches = build.read_eval_batches(config, self.tokenizer, self.ranks) if evaluates else []
         self._open_telemetry(checkpoint, state)
-
-    def _open_loader(self) -> TrainLoader:
-        config, trainer = self.config, self.config.trainer
-        return build_train_loader(
-            config.data,
-            self.tokenizer,
-            vocab_size=config.model.vocab_size,
-            seq_len=trainer.seq_len,
-            micro_batch_size=trainer.micro_batch_size,
-            global_batch_size=trainer.global_batch_size,
-            seed=config.seed,
-            ranks=self.ranks,
-            pin_memory=self.device.type == "cuda",
-        )
-
-    def _eval_batches(self) -> list[Batch]:
-        config, trainer = self.config, self.config.trainer
-        return build_eval_batches(
-            config.data,
-            self.tokenizer,
-            vocab_size=config.model.vocab_size,
-            seq_len=trainer.seq_len,
-            micro_batch_size=trainer.micro_batch_size,
-            max_tokens=config.eval.max_tokens,
-            seed=config.seed,
-            ranks=self.ranks,
-        )
-
-    def _build_model(self) -> LlamaForCausalLM:
-        trainer = self.config.trainer
-        seed_everything(self.config.seed)  # here, so that nothing that was opened before can move the initial weights
-        model = LlamaForCausalLM(
-            self.config.model, loss_chunk_tokens=trainer.loss_chunk_tokens, checkpoint_every=checkpointing_interval(trainer)
-        )
-        if trainer.compile:
-            compile_blocks(model)
-        return model
 
     def _open_telemetry(self, checkpoint: Path | None, state: dict[str, Any]) -> None:
         config, trainer = self.config, self.config.trainer
@@ -256,7 +206,7 @@ class Run:
             self.progress,
             total_steps=self.total_steps,
             micro_batches_per_step=self._micro_batches_per_step,
-            lr_multiplier=build_schedule(self.config.scheduler, self.total_steps),
+            lr_multiplier=build.build_schedule(self.config.scheduler, self.total_steps),
             max_nonfinite_steps=self.config.trainer.max_nonfinite_steps,
             should_stop=self.stop,
         )
@@ -381,7 +331,8 @@ class Run:
     def _unigram_reference(self) -> dict[str, float]:
         if not (self.at_end and self.config.eval.unigram_baseline and self.eval_batches):
             return {}
-        loader = self._open_loader()  # the same stream from its start: exactly the tokens that were trained on
+        # The same stream from its start: exactly the tokens that were trained on.
+        loader = build.open_train_loader(self.config, self.tokenizer, self.ranks)
         try:
             batches = self.progress.step * self._micro_batches_per_step
             return {"unigram": unigram_perplexity(loader, batches, self.eval_batches, self.config.model.vocab_size)}
@@ -393,4 +344,4 @@ def command_line(arguments: list[str]) -> str:
     """The command that starts this run with `arguments`, as a user would type it."""
     interpreter = Path(sys.executable)
     shown = str(interpreter.relative_to(Path.cwd())) if interpreter.is_relative_to(Path.cwd()) else "python"
-    return " ".join([shown, "-m", "ngpt.train", *arguments])
+    return shlex.join([shown, "-m", "ngpt.train", *arguments])

@@ -92,7 +92,8 @@ def _run_job(composed: DictConfig, arguments: list[str], world_size: int) -> int
 
 
 def _exit_with(error: Exception, code: int) -> NoReturn:
-    sys.stderr.write(f"\n{error}\n")
+    if os.environ.get("RANK", "0") == "0":  # every rank has made the same mistake: one of them says so
+        sys.stderr.write(f"\n{error}\n")
     sys.exit(code)
 
 

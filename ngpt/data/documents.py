@@ -98,6 +98,7 @@ class DocumentReader(Protocol):
 
     def state(self) -> JSON:
         """Where the next document will be read, for `DocumentSource.open`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,15 @@ class DocumentSource(Protocol):
 
     def num_shards(self, split: Split) -> int:
         """How many streams can have a share of their own."""
+        ...
 
     def fingerprint(self, split: Split) -> str:
         """Changes when a saved position would no longer point at the same document."""
+        ...
 
     def open(self, share: Share, state: JSON, tally: StreamTally) -> DocumentReader:
         """A reader at `state` (None: the beginning)."""
+        ...
 
 
 def check_text(text: object) -> str | None:

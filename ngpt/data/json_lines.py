@@ -113,7 +113,7 @@ def parse_line(line: bytes) -> tuple[str, str | None]:
         return "", f"a JSON {type(record).__name__}, not an object"
     text = record.get("text")
     problem = check_text(text)
-    return ("", problem) if problem else (text, None)
+    return (text, None) if isinstance(text, str) and problem is None else ("", problem)
 
 
 class JsonLinesReader:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from ngpt.config.schema import C4DataConfig, DataConfig, SyntheticDataConfig, TokenizedDataConfig
@@ -41,30 +40,35 @@ def build_train_loader(
     skipped = SkippedDocuments(data.max_bad_documents)
     retries = _retries(data)
     executor = ThreadPoolExecutor(_READER_THREADS, thread_name_prefix="ngpt-read")
-    open_rows: Callable[[int, int], RowSource]
     if isinstance(data, SyntheticDataConfig):
         language = SyntheticLanguage(vocab_size, data.document_tokens, seed)
         shards, fingerprint = data.streams, f"{vocab_size} words, {data.document_tokens} tokens a document"
 
-        def open_rows(stream: int, num_streams: int) -> RowSource:
+        def synthetic_rows(stream: int, num_streams: int) -> RowSource:
             return rows_of_blocks(SyntheticBlocks(language, f"train/{stream}"), shape)
+
+        open_rows = synthetic_rows
     elif isinstance(data, TokenizedDataConfig) and data.packing == "pack":
         assert tokenizer is not None
         store, holdout = open_token_store(data, "train", tokenizer)
         shards, fingerprint = 1, f"{store.fingerprint}-{holdout}"  # any rank jumps to any row: one stream is enough
 
-        def open_rows(stream: int, num_streams: int) -> RowSource:
+        def token_rows(stream: int, num_streams: int) -> RowSource:
             return TokenizedRows(store, shape, holdout=holdout, window=data.shuffle_window, seed=seed)
+
+        open_rows = token_rows
     else:
         assert tokenizer is not None
         source = open_source(data, tokenizer, retries)
         shards, fingerprint = source.num_shards("train"), source.fingerprint("train")
 
-        def open_rows(stream: int, num_streams: int) -> RowSource:
+        def text_rows(stream: int, num_streams: int) -> RowSource:
             share, tally = Share("train", stream, num_streams, seed), skipped.tally(stream)
             window, eos_id = data.shuffle_window, shape.eos_id
             blocks = TextBlocks(source, share, tokenizer.encode_documents, eos_id=eos_id, window=window, tally=tally, executor=executor)
             return rows_of_blocks(blocks, shape)
+
+        open_rows = text_rows
 
     num_streams = count_streams(global_batch_size, min(data.streams, shards))
 
@@ -143,8 +147,10 @@ def _check_vocabulary(data: DataConfig, tokenizer: Tokenizer | None, vocab_size:
 
 
 def _row_shape(data: DataConfig, tokenizer: Tokenizer | None, seq_len: int) -> RowShape:
-    own_ids = tokenizer is None or isinstance(data, SyntheticDataConfig)
-    eos_id, pad_id = (EOS_ID, PAD_ID) if own_ids else (tokenizer.eos_id, tokenizer.pad_id)
+    if tokenizer is None or isinstance(data, SyntheticDataConfig):
+        eos_id, pad_id = EOS_ID, PAD_ID
+    else:
+        eos_id, pad_id = tokenizer.eos_id, tokenizer.pad_id
     return RowShape(seq_len, data.packing, eos_id, pad_id, mask_documents=data.mask_documents and data.packing == "pack")
 
 

@@ -39,9 +39,11 @@ class BlockSource(Protocol):
 
     def state(self) -> dict[str, JSON]:
         """The state of the first document of the next block."""
+        ...
 
     def seek(self, state: dict[str, JSON]) -> None:
         """Make the document of `state` the first one of the next block."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def make_block(
     if documents[0].tokens is None:
         pieces = encode([document.text for document in documents])
     else:
-        pieces = [np.append(document.tokens, eos_id) for document in documents]
+        pieces = [np.append(document.tokens, eos_id) for document in documents if document.tokens is not None]
     tokens = np.concatenate(pieces, dtype=np.int32, casting="same_kind")
     starts = np.cumsum([0, *map(len, pieces)])
     return TokenBlock(tokens, starts, [(document.file, document.line) for document in documents], epoch, state_of)

@@ -1,0 +1,143 @@
+"""From settings to parts: the one place where the configuration meets data, model, optimizer and engine, which take plain arguments."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ngpt.config.schema import (
+    AdamWConfig,
+    ConstantSchedulerConfig,
+    CosineSchedulerConfig,
+    GaLoreConfig,
+    LinearSchedulerConfig,
+    NaturalGaLoreConfig,
+    OptimizerConfig,
+    RunConfig,
+    SchedulerConfig,
+    WSDSchedulerConfig,
+    checkpointing_interval,
+    warmup_steps_in_run,
+)
+from ngpt.config.validate import ConfigError, vocabulary_problem
+from ngpt.data.batch import Batch
+from ngpt.data.loader import build_eval_batches, build_train_loader
+from ngpt.data.tokenizer import Tokenizer
+from ngpt.data.train_loader import TrainLoader
+from ngpt.dist.process_group import Ranks, seed_everything
+from ngpt.engine.local import LocalEngine, weight_dtype
+from ngpt.model.llama import LlamaForCausalLM, compile_blocks
+from ngpt.optim import AdamW, GaLore, NaturalGaLore, low_rank_groups, lr_schedule
+
+_ROUNDING = {"fp32": "nearest", "bf16": "stochastic", "bf16_nearest": "nearest", "bf16_master": "master"}
+
+
+def open_tokenizer(config: RunConfig) -> Tokenizer | None:
+    """The run's tokenizer, or None where the data needs none. Raises ConfigError where the model's vocabulary is too small for it."""
+    if config.tokenizer.path is None:
+        return None
+    tokenizer = Tokenizer.load(config.tokenizer.path)
+    if problem := vocabulary_problem(config.model.vocab_size, tokenizer.vocab_size):
+        raise ConfigError([problem])
+    return tokenizer
+
+
+def open_train_loader(config: RunConfig, tokenizer: Tokenizer | None, ranks: Ranks, *, pin_memory: bool = False) -> TrainLoader:
+    """The training batches of this rank from their start."""
+    return build_train_loader(
+        config.data,
+        tokenizer,
+        vocab_size=config.model.vocab_size,
+        seq_len=config.trainer.seq_len,
+        micro_batch_size=config.trainer.micro_batch_size,
+        global_batch_size=config.trainer.global_batch_size,
+        seed=config.seed,
+        ranks=ranks,
+        pin_memory=pin_memory,
+    )
+
+
+def read_eval_batches(config: RunConfig, tokenizer: Tokenizer | None, ranks: Ranks) -> list[Batch]:
+    """The held-out batches of this rank, the same ones every time."""
+    return build_eval_batches(
+        config.data,
+        tokenizer,
+        vocab_size=config.model.vocab_size,
+        seq_len=config.trainer.seq_len,
+        micro_batch_size=config.trainer.micro_batch_size,
+        max_tokens=config.eval.max_tokens,
+        seed=config.seed,
+        ranks=ranks,
+    )
+
+
+def build_model(config: RunConfig) -> LlamaForCausalLM:
+    """The model with the initial weights of `config.seed`, in fp32 on the CPU."""
+    trainer = config.trainer
+    seed_everything(config.seed)  # here, so that nothing that was opened before can move the initial weights
+    model = LlamaForCausalLM(config.model, loss_chunk_tokens=trainer.loss_chunk_tokens, checkpoint_every=checkpointing_interval(trainer))
+    if trainer.compile:
+        compile_blocks(model)
+    return model
+
+
+def build_engine(config: RunConfig, device: torch.device) -> LocalEngine:
+    """The engine with a new model and a new optimizer on `device`."""
+    precision = config.trainer.precision
+    return LocalEngine(
+        functools.partial(build_model, config),
+        functools.partial(build_optimizer, config=config.optimizer, precision=precision, seed=config.seed),
+        device=device,
+        dtype=weight_dtype(precision),
+        apply=config.optimizer.apply,
+        grad_clip=config.trainer.grad_clip,
+    )
+
+
+def build_optimizer(model: nn.Module, *, config: OptimizerConfig, precision: str, seed: int) -> AdamW:
+    """The optimizer that `config` asks for, over all parameters of `model`.
+
+    Args:
+        precision: `trainer.precision`; says how bf16 weights are rounded.
+        seed: of random bases and of stochastic rounding.
+    """
+    shared = {
+        "lr": config.lr,
+        "betas": tuple(config.betas),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+        "rounding": _ROUNDING[precision],
+        "seed": seed,
+    }
+    if isinstance(config, AdamWConfig):
+        return AdamW(model.named_parameters(), **shared)
+    assert isinstance(config, GaLoreConfig)
+    groups = low_rank_groups(model, rank=config.rank, update_proj_gap=config.update_proj_gap, scale=config.scale)
+    shared |= {"subspace": config.subspace, "on_refresh": config.on_refresh, "stagger": config.stagger}
+    if isinstance(config, NaturalGaLoreConfig):
+        return NaturalGaLore(groups, **shared, fisher=config.fisher, history=config.history, damping=config.damping)
+    return GaLore(groups, **shared)
+
+
+def build_schedule(config: SchedulerConfig, total_steps: int) -> Callable[[int], float]:
+    """The factor on the learning rate for update number `step`, counted from 0."""
+    warmup = warmup_steps_in_run(config, total_steps)
+    match config:
+        case CosineSchedulerConfig():
+            return functools.partial(lr_schedule.cosine, total_steps=total_steps, warmup_steps=warmup, min_lr_ratio=config.min_lr_ratio)
+        case LinearSchedulerConfig():
+            return functools.partial(lr_schedule.linear, total_steps=total_steps, warmup_steps=warmup, min_lr_ratio=config.min_lr_ratio)
+        case WSDSchedulerConfig():
+            return functools.partial(
+                lr_schedule.wsd,
+                total_steps=total_steps,
+                warmup_steps=warmup,
+                decay_fraction=config.decay_fraction,
+                min_lr_ratio=config.min_lr_ratio,
+            )
+        case ConstantSchedulerConfig():
+            return functools.partial(lr_schedule.constant, warmup_steps=warmup)
+    raise TypeError(f"no schedule for {type(config).__name__}")
