@@ -19,6 +19,12 @@ def dense(gradients: list[Tensor], damping: float) -> Tensor:
     return torch.linalg.solve(fisher_kk, columns_ks[:, -1])
 
 
+def by_singular_values(gradients: list[Tensor], damping: float) -> Tensor:
+    """The same from H = U S V': U S / (lambda + S^2) V' e, which keeps its digits where lambda is too small for the dense solve."""
+    left, values, right = torch.linalg.svd(torch.stack(gradients, dim=1).double(), full_matrices=False)
+    return left @ (values / (damping + values**2) * right[:, -1])
+
+
 def through_history(gradients: list[Tensor], size: int, damping: float, dtype: torch.dtype | None = None) -> Tensor:
     history, gram = torch.zeros(size, gradients[0].numel(), dtype=dtype or gradients[0].dtype), torch.zeros(size, size, dtype=torch.float64)
     for number, gradient in enumerate(gradients):
@@ -30,7 +36,7 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     return float((value.double() - reference).norm() / reference.norm().clamp(min=1e-300))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     k=st.integers(1, 60),
     size=st.integers(1, 24),
@@ -51,15 +57,15 @@ def test_equals_a_dense_solve_in_float64(k: int, size: int, seen: int, damping: 
     assert relative_error(through_history(stored, size, damping), dense(stored[-size:], damping)) < 1e-7
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(k=st.integers(1, 60), size=st.integers(1, 24), seed=st.integers(0, 1000), damping=st.sampled_from([1e-12, 1e-9, 1e-6, 1e6]))
 def test_tiny_and_huge_damping(k: int, size: int, seed: int, damping: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     gradients = [torch.randn(k, generator=generator, dtype=torch.float64) for _ in range(size)]
     singular = torch.linalg.svdvals(torch.stack(gradients))
     if singular[-1] < 0.05 * singular[0]:
-        return  # so badly conditioned that float64 itself has no answer at 1e-12
-    assert relative_error(through_history(gradients, size, damping), dense(gradients, damping)) < 1e-2
+        return  # the last gradient is then nearly a combination of others, and the answer hangs on the rounding of its digits
+    assert relative_error(through_history(gradients, size, damping), by_singular_values(gradients, damping)) < 1e-3
 
 
 @pytest.mark.parametrize("damping", [1e-12, 1e-3, 1e6])

@@ -116,7 +116,7 @@ def test_rotating_within_the_same_subspace_keeps_momentum_and_scale() -> None:
 def test_the_second_moment_follows_the_formula_of_ldadam_and_never_turns_negative() -> None:
     torch.manual_seed(0)
     change = torch.randn(3, 4, dtype=torch.float64) / 2
-    first, second = torch.randn(4, 5, dtype=torch.float64), torch.rand(4, 5, dtype=torch.float64)
+    first, second = torch.randn(4, 5, dtype=torch.float64), 0.02 * torch.rand(4, 5, dtype=torch.float64)
     b1, b2, t = 0.9, 0.99, 7
     _, rotated = rotate_moments(change, first, second, (b1, b2), t)
     expected = torch.empty(3, 5, dtype=torch.float64)
