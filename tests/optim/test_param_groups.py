@@ -42,6 +42,12 @@ def test_tied_weights_come_once_and_a_head_tied_to_an_embedding_is_plain_whateve
     NaturalGaLore(groups)
 
 
+def test_a_tied_embedding_is_known_by_its_layer_where_no_name_tells() -> None:
+    network = nn.ModuleDict({"table": nn.Embedding(9, 8), "readout": nn.Linear(8, 9, bias=False), "mix": nn.Linear(8, 8)})
+    network["readout"].weight = network["table"].weight
+    assert names(low_rank_groups(network, rank=2), projected=True) == {"mix.weight"}
+
+
 def test_attention_layers_called_multihead_are_no_head() -> None:
     network = nn.ModuleDict({"multihead_attention": nn.Linear(8, 8), "classifier_head": nn.Linear(8, 8)})
     assert names(low_rank_groups(network, rank=2), projected=True) == {"multihead_attention.weight"}
