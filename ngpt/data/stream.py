@@ -124,11 +124,6 @@ class TextBlocks:
         self._read.seek(state["epoch"], state["window"], state["source"], state["skipped"])
         self._position = state["position"]
 
-    def prepare(self) -> None:
-        """Begin to read the first window, so that all streams read theirs at the same time."""
-        if self._upcoming is None:
-            self._upcoming = self._executor.submit(self._read)
-
     def _current_window(self) -> Window:
         """The window that holds the next document."""
         if self._window is None:
@@ -140,9 +135,8 @@ class TextBlocks:
         return self._window
 
     def _enter_next_window(self) -> None:
-        self.prepare()
-        assert self._upcoming is not None
-        self._window = self._upcoming.result()
+        upcoming = self._upcoming or self._executor.submit(self._read)
+        self._window = upcoming.result()
         self._upcoming = self._executor.submit(self._read)
 
 

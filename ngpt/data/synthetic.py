@@ -75,6 +75,3 @@ class SyntheticBlocks:
 
     def seek(self, state: dict[str, JSON]) -> None:
         self._document = state["document"]
-
-    def prepare(self) -> None:
-        """Nothing is read ahead."""

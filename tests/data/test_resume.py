@@ -202,3 +202,13 @@ def test_no_window_keeps_the_order_of_the_files(corpus: Path, open_loader: OpenL
     documents = [row["documents"][0] for batch in take(open_loader(data), 8) for row in batch.identity()["rows"]]
     lines = [line for line in range(1, 31) if line % 10][:16]
     assert documents == [f"{corpus}/part-0.json.gz:{line}" for line in lines]
+
+
+def test_every_window_is_shuffled_in_its_own_way(tmp_path: Path, open_loader: OpenLoader) -> None:
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(64)))
+    data = LocalC4DataConfig(train_files=[str(tmp_path / "text.jsonl")], shuffle_window=16, holdout_every=1000, packing="pad")
+    names = [row["documents"][0] for batch in take(open_loader(data), 32) for row in batch.identity()["rows"]]
+    lines = [int(name.rsplit(":", 1)[1]) for name in names]
+    windows = [lines[first : first + 16] for first in range(0, 64, 16)]
+    assert [sorted(window) for window in windows] == [list(range(first + 1, first + 17)) for first in range(0, 64, 16)]
+    assert len({tuple(line - min(window) for line in window) for window in windows}) == 4

@@ -80,6 +80,7 @@ def test_an_order_is_a_permutation_and_mixes_the_whole_data(count: int, window: 
     if count == 1000:
         assert rows.tolist() != order.rows(1, 0, count).tolist()
         assert np.ptp(rows[:100]) > 300, "the first window comes from all over the data"
+        assert set(rows[:100].tolist()) != set(order.rows(1, 0, 100).tolist()), "chunks are shuffled anew in every epoch"
 
 
 def test_padded_rows_are_the_documents(folder: Path, tokenizer: Tokenizer, open_loader: Callable) -> None:
