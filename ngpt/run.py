@@ -28,7 +28,7 @@ from ngpt.loop.stop import stop_on_signals
 from ngpt.loop.train_loop import Progress, TrainingDiverged, train_loop
 from ngpt.loop.train_step import StepResult
 from ngpt.model import cost
-from ngpt.telemetry.console import configure_logging, duration, eval_line, step_line
+from ngpt.telemetry.console import configure_logging, duration, eval_line, progress_bar, step_line
 from ngpt.telemetry.manifest import write_manifest
 from ngpt.telemetry.metrics import StepMetrics, device_memory, device_peak_flops, eval_record
 from ngpt.telemetry.plot import plot_run
@@ -133,6 +133,7 @@ class Run:
             world_size=self.ranks.world_size,
         )
         self._announce(checkpoint)
+        self._bar = self._resources.enter_context(progress_bar(total_steps=self.total_steps, done=self.progress.step))
 
     def _announce(self, checkpoint: Path | None) -> None:
         config, trainer = self.config, self.config.trainer
@@ -229,6 +230,7 @@ class Run:
     def record(self, result: StepResult) -> None:
         """Send a result to the console, to metrics.jsonl and to W&B, if its step is one that is logged."""
         self.metrics.add(result)
+        self._bar.update()
         if not result.applied:
             self._record_skipped(result)
         first = result.step == self.resumed_step + 1

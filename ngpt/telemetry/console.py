@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ngpt.telemetry.metrics import Record
 
@@ -19,6 +24,20 @@ def configure_logging(run_folder: Path | None) -> None:
     logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
     for chatty in ("datasets", "httpx", "huggingface_hub", "fsspec", "filelock", "matplotlib", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+@contextmanager
+def progress_bar(*, total_steps: int, done: int) -> Iterator[tqdm]:
+    """A bar below the log lines where standard output is a terminal; a bar that shows nothing anywhere else."""
+    bar = tqdm(
+        total=total_steps, initial=done, unit="step", dynamic_ncols=True, leave=False, file=sys.stdout, disable=not sys.stdout.isatty()
+    )
+    with bar:
+        if bar.disable:
+            yield bar
+        else:
+            with logging_redirect_tqdm(tqdm_class=tqdm):
+                yield bar
 
 
 def step_line(record: Record, *, total_steps: int, seconds_left: float) -> str:

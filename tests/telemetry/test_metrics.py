@@ -10,7 +10,7 @@ import torch
 
 from ngpt.loop.evaluate import EvalResult
 from ngpt.loop.train_step import StepResult
-from ngpt.telemetry.console import duration, eval_line, step_line
+from ngpt.telemetry.console import duration, eval_line, progress_bar, step_line
 from ngpt.telemetry.metrics import GIB, StepMetrics, device_memory, device_peak_flops, eval_record
 
 
@@ -117,3 +117,13 @@ def test_resident_set_on_a_cpu_is_plausible():
 
 def test_measured_peak_is_plausible():
     assert 1e8 < device_peak_flops(torch.device("cpu"), torch.float32) < 1e14
+
+
+def test_the_progress_bar_shows_on_a_terminal_only(capsys, monkeypatch):
+    with progress_bar(total_steps=3, done=1) as bar:
+        bar.update()
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    with progress_bar(total_steps=3, done=1) as bar:
+        bar.update()
+    assert "2/3" in capsys.readouterr().out
