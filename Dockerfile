@@ -17,10 +17,11 @@ ENV PATH=/venv/bin:$PATH \
     PYTHONUNBUFFERED=1
 
 # The packages change seldom and weigh gigabytes, so their layer depends on the pins alone and not on the code.
-COPY pyproject.toml constraints.txt install.sh ./
+COPY pyproject.toml constraints.txt ./
+COPY .ci/install.sh .ci/
 RUN mkdir ngpt \
     && touch README.md LICENSE ngpt/__init__.py \
-    && TORCH=cuda bash install.sh /venv
+    && TORCH=cuda bash .ci/install.sh /venv
 
 COPY . .
 RUN install --directory --owner 1001 runs

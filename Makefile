@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 export PYTHON
 
 py := $(VENV)/bin/python
-inputs := pyproject.toml constraints.txt install.sh
+inputs := pyproject.toml constraints.txt .ci/install.sh
 installed := $(VENV)/.installed
 installed_dev := $(VENV)/.installed-dev
 installed_types := $(VENV)/.installed-types
@@ -60,15 +60,15 @@ clean: ## remove the virtual environment and caches; runs/ stays
 
 # The stamps let a second `make` start at once; a changed pin or dependency installs again.
 $(installed): $(inputs)
-	bash install.sh $(VENV)
+	bash .ci/install.sh $(VENV)
 	@touch $@
 
 $(installed_dev): $(inputs)
-	bash install.sh $(VENV) dev
+	bash .ci/install.sh $(VENV) dev
 	@touch $@ $(installed)
 
 $(installed_types): $(installed_dev)
-	bash install.sh $(VENV) dev,types
+	bash .ci/install.sh $(VENV) dev,types
 	@touch $@
 
 $(tokenizer): | $(installed)

@@ -54,7 +54,7 @@ def test_the_tests_run_on_the_pinned_versions_of_torch_and_the_data_packages() -
 def install_with(python: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the installer with another interpreter; it must give up before it makes anything."""
     settings = os.environ | {"PYTHON": python} | environment
-    command = ["bash", str(REPOSITORY / "install.sh"), str(folder / "venv")]
+    command = ["bash", str(REPOSITORY / ".ci/install.sh"), str(folder / "venv")]
     done = subprocess.run(command, capture_output=True, text=True, env=settings, check=False)
     assert done.returncode == 1
     assert not (folder / "venv").exists()

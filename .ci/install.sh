@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Create a virtual environment and install ngpt into it, with the versions of constraints.txt.
 #
-#   bash install.sh [VENV] [EXTRA]      bash install.sh .venv dev
+#   bash .ci/install.sh [VENV] [EXTRA]      bash .ci/install.sh .venv dev
 #
 # PYTHON=python3.12   the interpreter to start from (default python3; 3.10 or newer)
 # TORCH=auto|cpu|cuda the build of torch: auto takes the CPU build, where one is offered, on a machine without an NVIDIA GPU.
 #                     Say TORCH=cuda where the installing machine has no GPU but the training machine has (login nodes, images).
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${1:-.venv} extra=${2:-} python=${PYTHON:-python3} build=${TORCH:-auto}
 
 fail() {
