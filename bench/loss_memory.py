@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="positions of a micro-batch")
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--vocab-size", type=int, default=32000)
-    parser.add_argument("--chunks", type=int, nargs="+", default=[2048, 512, 128], help="positions whose logits exist at one time")
+    parser.add_argument("--chunks", type=int, nargs="+", default=[2048, 1024, 512, 128], help="positions whose logits exist at one time")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()

@@ -7,10 +7,11 @@ import hashlib
 import io
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from isal import isal_zlib  # gzip at 2.5 times zlib's speed
 
 from ngpt.data.documents import JSON, DataError, Document, Share, Split, StreamTally, check_text
 from ngpt.data.seeding import permutation
@@ -66,7 +67,7 @@ class _Decompressed(io.RawIOBase):
 def _open(path: str) -> tuple[IO[bytes], tuple[type[Exception], ...]]:
     """The decompressed bytes of a file, and the exceptions that mean its contents are corrupt."""
     if path.endswith(".gz"):
-        return io.BufferedReader(_Decompressed(path, lambda: zlib.decompressobj(wbits=31)), _BUFFER_BYTES), (EOFError, zlib.error)
+        return io.BufferedReader(_Decompressed(path, lambda: isal_zlib.decompressobj(wbits=31)), _BUFFER_BYTES), (EOFError, isal_zlib.error)
     if path.endswith(".zst"):
         try:
             import zstandard
