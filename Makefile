@@ -25,12 +25,15 @@ install: $(installed) ## create the virtual environment and install the pinned p
 train: $(installed) $(tokenizer) ## train a small LLaMA with Natural GaLore on text that is already on this machine
 	$(py) -m ngpt.train experiment=quickstart $(ARGS)
 	@printf '%s\n' "" \
-	  "Train on your own text (JSON lines with a field \"text\", plain or .gz):" \
-	  "  $(py) -m data_prep.train_tokenizer --files 'mytext/*.jsonl' --vocab-size 16000 --out mytext/tokenizer.model" \
-	  "  $(py) -m ngpt.train model=llama_20m model.vocab_size=16000 optimizer=natural_galore data=local_c4 tokenizer.path=mytext/tokenizer.model \\" \
-	  "      data.train_files='[mytext/train-*.jsonl]' data.val_files='[mytext/val-*.jsonl]' run.name=mytext" \
+	  "Continue after Ctrl-C, at the step where it stopped: the same command" \
+	  "  $(py) -m ngpt.train experiment=quickstart $(ARGS)" \
 	  "" \
-	  "Train on C4, streamed from the hub (a GPU, and T5's tokenizer as spiece.model):" \
+	  "Train on your own text (JSON lines with a field \"text\": .jsonl, .json.gz, .json.zst):" \
+	  "  $(py) -m data_prep.train_tokenizer --files 'mytext/*.jsonl' --vocab-size 16000 --out mytext/tokenizer.model" \
+	  "  $(py) -m ngpt.train model=llama_20m model.vocab_size=16000 data=local_c4 data.train_files='[mytext/*.jsonl]' \\" \
+	  "      tokenizer.path=mytext/tokenizer.model trainer.max_steps=2000 trainer.global_batch_size=64 run.name=mytext" \
+	  "" \
+	  "Train on C4, streamed from the hub (on a GPU, with T5's tokenizer as spiece.model):" \
 	  "  $(py) -m ngpt.train experiment=c4_60m_natural_galore tokenizer.path=spiece.model"
 
 test: $(installed_dev) ## run all tests, slow ones last
