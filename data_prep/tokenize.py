@@ -97,7 +97,13 @@ class Job:
 
     def _made_from(self, index: int) -> dict[str, object]:
         file = self.files[index]
-        return {"source": os.path.basename(file), "bytes": os.path.getsize(file), "tokenizer": self._tokenizer.fingerprint}
+        status = os.stat(file)
+        return {
+            "source": os.path.basename(file),
+            "bytes": status.st_size,
+            "modified_ns": status.st_mtime_ns,  # an edit may leave the size as it was
+            "tokenizer": self._tokenizer.fingerprint,
+        }
 
 
 _worker_tokenizer: Tokenizer | None = None
@@ -137,16 +143,24 @@ def tokenize(job: Job, workers: int) -> Manifest:
     shards = {index: shard for index in range(len(job.files)) if (shard := job.finished(index))}
     if shards:
         print(f"continuing: {len(shards)} of {len(job.files)} shards are finished")
-    bad = sum(shard.bad_documents for shard in shards.values())
+    _check_bad_documents(shards, job)
     with tqdm(total=len(job.files), initial=len(shards), unit="shard", disable=not sys.stderr.isatty()) as bar:
         for index, shard in run(job, workers):
             shards[index] = shard
-            bad += shard.bad_documents
             bar.update()
             bar.set_postfix(tokens=f"{sum(each.tokens for each in shards.values()):,}")
-            if bad > job.max_bad_documents:
-                raise DataError(f"{bad} bad documents, more than --max-bad-documents={job.max_bad_documents}; see the warnings above")
+            _check_bad_documents(shards, job)
     return job.finish([shards[index] for index in range(len(job.files))])
+
+
+def _check_bad_documents(shards: dict[int, Shard], job: Job) -> None:
+    """Raise DataError if the finished shards, those of earlier attempts included, skipped more documents than the limit."""
+    bad = sum(shard.bad_documents for shard in shards.values())
+    if bad > job.max_bad_documents:
+        raise DataError(
+            f"{bad} bad documents, more than --max-bad-documents={job.max_bad_documents}; "
+            "the warnings name them: repair the files, or raise the limit"
+        )
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
