@@ -1,4 +1,6 @@
-# ngpt on a node with NVIDIA GPUs:  docker build --tag ngpt .  &&  bash launch/docker.sh experiment=c4_60m_natural_galore ...
+# ngpt on a node with NVIDIA GPUs:
+#   docker build --tag ngpt --build-arg GIT_COMMIT="$(git rev-parse HEAD)" .
+#   bash launch/docker.sh experiment=c4_60m_natural_galore tokenizer.path=spiece.model
 #
 # The base is CUDA's smallest image: torch's own packages bring the CUDA 13.0 libraries, cuDNN and NCCL, so a `runtime` image would
 # hold them twice. What the base adds is its check of the host's driver. Kernels that DeepSpeed compiles itself need `devel` instead.
@@ -24,6 +26,9 @@ RUN mkdir ngpt \
     && TORCH=cuda bash .ci/install.sh /venv
 
 COPY . .
+# The manifest of a run names the commit; the image holds no history to read it from.
+ARG GIT_COMMIT
+ENV NGPT_COMMIT=$GIT_COMMIT
 RUN install --directory --owner 1001 runs
 
 USER 1001

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train in the container image on one GPU of this machine. Build it once: docker build --tag ngpt .
+# Train in the container image on one GPU of this machine. Build it once: see the first line of Dockerfile.
 # Runs are written to ./runs as the calling user; DATA=folder is readable in the container as /data.
 #   DATA=$HOME/c4 bash launch/docker.sh data=local_c4 data.train_files='[/data/c4-train.*.json.gz]' \
 #       data.val_files='[/data/c4-validation.*.json.gz]' tokenizer.path=/data/spiece.model model=llama_60m

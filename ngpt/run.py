@@ -76,7 +76,8 @@ class Run:
             raise
         return self
 
-    def __exit__(self, *_exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_exception: object) -> None:
+        self.wandb.close(exit_code=self.exit_code if kind is None else 1)
         self._resources.close()
 
     # ------------------------------------------------------------------------------------------------------- assembly
@@ -124,9 +125,9 @@ class Run:
             run_name=config.run.name,
             run_folder=self.folder,
             run_config=as_dict,
-            run_id=state.get("wandb", {}).get("run_id"),
+            # A run that branches off from another one's checkpoint is a run of its own there too.
+            run_id=state["wandb"]["run_id"] if checkpoint and checkpoint.parent.resolve() == self.store.folder.resolve() else None,
         )
-        self._resources.callback(self.wandb.close)
         self.metrics = StepMetrics(
             flops_per_token=cost.flops_per_token(config.model, trainer.seq_len),
             peak_flops=trainer.peak_flops or device_peak_flops(self.device, weight_dtype(trainer.precision)),
@@ -139,7 +140,7 @@ class Run:
         config, trainer = self.config, self.config.trainer
         sizes = self.engine.state_bytes()
         logger.info(
-            "%s: %s parameters, %s on %s, %s | %s steps of %s x %s tokens (%s micro-batches of %s)",
+            "%s: %s parameters, %s on %s, %s | %s steps of %s x %s tokens in micro-batches of %s",
             config.run.name,
             f"{cost.parameter_count(config.model):,}",
             config.optimizer.name,
@@ -148,7 +149,6 @@ class Run:
             f"{self.total_steps:,}",
             trainer.global_batch_size,
             trainer.seq_len,
-            self._micro_batches_per_step,
             trainer.micro_batch_size,
         )
         logger.info(
@@ -231,28 +231,38 @@ class Run:
         """Send a result to the console, to metrics.jsonl and to W&B, if its step is one that is logged."""
         self.metrics.add(result)
         self._bar.update()
-        if not result.applied:
+        if not result.update.applied or result.update.skipped_matrices:
             self._record_skipped(result)
-        first = result.step == self.resumed_step + 1
-        if not (first or self.at_end or due(self.config.logger.every_steps, result.step)):
+        regular = result.step == 1 or self.at_end or due(self.config.logger.every_steps, result.step)
+        if not regular and result.step != self.resumed_step + 1:
             return
         record = self.metrics.record(
             result, state_bytes=self.engine.state_bytes(), memory=device_memory(self.device), sources=self.loader.stats()
         )
         seconds_left = (self.total_steps - result.step) * (record["time/step_s"] or 0)
         logger.info("%s", step_line(record, total_steps=self.total_steps, seconds_left=seconds_left))
-        self.jsonl.write(record)
-        self.wandb.write(record)
+        if regular:  # the first line after a resume is a sign of life on the console; the uninterrupted run has no such record
+            self.jsonl.write(record)
+            self.wandb.write(record)
 
     def _record_skipped(self, result: StepResult) -> None:
-        identity = {"step": result.step, "loss": repr(result.loss), "grad_norm": repr(result.grad_norm), "batches": list(result.batches)}
+        update = result.update
+        what = f"{update.skipped_matrices} matrices left out of the update" if update.applied else "update skipped"
+        identity = {
+            "step": result.step,
+            "what": what,
+            "loss": repr(update.loss),
+            "grad_norm": repr(update.grad_norm),
+            "batches": [batch.identity() for batch in result.batches],
+        }
         with (self.folder / "nonfinite_steps.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(identity) + "\n")
         logger.warning(
-            "step %d: loss %s, gradient norm %s: update skipped (%d so far)",
+            "step %d: loss %s, gradient norm %s: %s (%d steps so far)",
             result.step,
-            result.loss,
-            result.grad_norm,
+            update.loss,
+            update.grad_norm,
+            what,
             result.skipped_steps,
         )
 

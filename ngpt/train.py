@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import NoReturn
 
 import hydra
 from omegaconf import DictConfig
@@ -58,7 +57,7 @@ def main() -> None:
         refuse_multirun_under_launcher(arguments, world_size)
         check_arguments(arguments)
     except ConfigError as error:
-        _exit_with(error, EXIT_USER_ERROR)
+        sys.exit(_report(error, EXIT_USER_ERROR))
     exit_codes: list[int] = []
 
     @hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")
@@ -72,29 +71,30 @@ def main() -> None:
 
 
 def _run_job(composed: DictConfig, arguments: list[str], world_size: int) -> int:
+    """Train one job and return its exit code; a job of a sweep that fails does not keep the others from running."""
     try:
         config = to_run_config(composed)
         config.run.name = run_name_in_sweep(config.run.name, arguments)
         validate(config, world_size=world_size)
     except ConfigError as error:
-        _exit_with(error, EXIT_USER_ERROR)
+        return _report(error, EXIT_USER_ERROR)
     from ngpt.run import USER_ERRORS, TrainingDiverged
 
     try:
         code = train(config, arguments)
     except USER_ERRORS as error:
-        _exit_with(error, EXIT_USER_ERROR)
+        return _report(error, EXIT_USER_ERROR)
     except TrainingDiverged as error:
-        _exit_with(error, EXIT_DIVERGED)
+        return _report(error, EXIT_DIVERGED)
     if code:
         sys.exit(code)  # stopped by a signal: the jobs of a sweep that are left must not start
     return code
 
 
-def _exit_with(error: Exception, code: int) -> NoReturn:
+def _report(error: Exception, exit_code: int) -> int:
     if os.environ.get("RANK", "0") == "0":  # every rank has made the same mistake: one of them says so
         sys.stderr.write(f"\n{error}\n")
-    sys.exit(code)
+    return exit_code
 
 
 if __name__ == "__main__":

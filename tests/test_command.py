@@ -133,3 +133,13 @@ def test_every_job_of_a_sweep_has_a_run_folder_of_its_own(tmp_path):
     names = {path.name for path in (tmp_path / "runs").iterdir()} - {"sweeps"}
     assert names == {"tiny-optimizer.lr=0.01", "tiny-optimizer.lr=0.02"}
     assert all((tmp_path / "runs" / name / "checkpoints/step-0000002/.complete").exists() for name in names)
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_does_not_keep_the_others_of_a_sweep_from_running(tmp_path):
+    done = train(
+        tmp_path, "-m", *TINY, "trainer.max_steps=2", "trainer.max_nonfinite_steps=1", "optimizer.lr=1e30,0.01", "scheduler=constant"
+    )
+    assert done.returncode == 3
+    assert "not finite" in done.stderr
+    assert (tmp_path / "runs/tiny-optimizer.lr=0.01/checkpoints/step-0000002/.complete").exists()

@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from ngpt.checkpoint.store import CheckpointError
 from ngpt.config.compose import compose_run
 from ngpt.run import Run, TrainingDiverged
 from ngpt.train import train
@@ -305,3 +306,38 @@ def test_a_finished_run_is_left_alone_and_can_be_made_longer(tmp_path):
     assert run_in(tmp_path, *LOW_RANK, "trainer.max_steps=10") == 0
     assert records(tmp_path)[-1]["step"] == 10
     assert "trainer.max_steps: 8 -> 10" in (tmp_path / "tiny" / "train.log").read_text()
+
+
+def test_a_stop_in_a_step_that_saves_anyway_saves_once(tmp_path, stop_after):
+    stop_after(4)
+    assert run_in(tmp_path, *LOW_RANK, "checkpoint.every_steps=4") == 75
+    assert (tmp_path / "tiny/checkpoints/step-0000004/.complete").exists()
+
+
+def test_the_first_step_after_a_resume_is_on_the_console_but_adds_no_record(tmp_path, uninterrupted, stop_after):
+    sparse = [*LOW_RANK, "logger.every_steps=4"]
+    stop_after(5)
+    run_in(tmp_path, *sparse)
+    stop_after(0)
+    run_in(tmp_path, *sparse)
+    assert trajectory(tmp_path) == trajectory(uninterrupted(sparse))
+    assert "step 6/8" in (tmp_path / "tiny/train.log").read_text()
+
+
+def test_a_branch_is_a_run_of_its_own_and_starts_from_the_checkpoint(tmp_path):
+    run_in(tmp_path, *LOW_RANK, "checkpoint.every_steps=4")
+    step_folder = tmp_path / "tiny/checkpoints/step-0000004"
+    run_in(tmp_path, *LOW_RANK, f"resume={step_folder}", "run.name=branch")
+    states = [json.loads((tmp_path / name / "checkpoints/step-0000008/state.json").read_text()) for name in ("tiny", "branch")]
+    assert states[0]["progress"]["tokens"] == states[1]["progress"]["tokens"]
+    assert states[0]["wandb"]["run_id"] != states[1]["wandb"]["run_id"]
+    ours, theirs = (load_file(tmp_path / name / "checkpoints/step-0000008/model.safetensors") for name in ("tiny", "branch"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_going_back_within_a_run_that_is_further_on_is_refused(tmp_path):
+    run_in(tmp_path, *LOW_RANK, "checkpoint.every_steps=4")
+    with pytest.raises(CheckpointError, match=r"newer step-0000008.*run\.name="):
+        run_in(tmp_path, *LOW_RANK, f"resume={tmp_path}/tiny/checkpoints/step-0000004")
+    with pytest.raises(CheckpointError, match="resume = never"):
+        run_in(tmp_path, *LOW_RANK, "resume=never")

@@ -60,6 +60,9 @@ class CheckpointStore:
     ) -> Path:
         """Write the checkpoint of `step`, point `latest` at it, and remove all but the newest `keep`.
 
+        A step that has a complete checkpoint keeps it: a stop right after a save, or right after a resume, saves the same state again,
+        and replacing a good checkpoint would for a moment leave none.
+
         Args:
             weights: tensors that share no memory.
             tensors: name -> object that `torch.load(weights_only=True)` can read back.
@@ -74,9 +77,10 @@ class CheckpointStore:
         """
         name = f"step-{step:07d}"
         final, temporary = self.folder / name, self.folder / f".{name}.tmp"
+        if (final / COMPLETE).exists():
+            return final
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".step-*.tmp"):
-            shutil.rmtree(leftover)
+        self._clear_unfinished()
         temporary.mkdir()
         save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, temporary / WEIGHTS)
         for key, value in tensors.items():
@@ -87,8 +91,6 @@ class CheckpointStore:
         for path in temporary.iterdir():
             _sync(path)
         _sync(temporary)
-        if final.exists():  # a run that was rolled back passes this step again
-            shutil.rmtree(final)
         temporary.rename(final)
         (final / COMPLETE).touch()
         _sync(final / COMPLETE)
@@ -117,9 +119,14 @@ class CheckpointStore:
         temporary.replace(self.folder / LATEST)
         _sync(self.folder)
 
+    def _clear_unfinished(self) -> None:
+        """Remove what saves and removals that were cut off have left."""
+        unmarked = [path for path in self._step_folders() if not (path / COMPLETE).exists()]
+        for leftover in [*self.folder.glob(".step-*.tmp"), *unmarked]:
+            shutil.rmtree(leftover)
+
     def _prune(self) -> None:
-        complete = sorted((path for path in self._step_folders() if (path / COMPLETE).exists()), key=step_of)
-        for folder in complete[: -self.keep]:
+        for folder in sorted(self._step_folders(), key=step_of)[: -self.keep]:
             (folder / COMPLETE).unlink()  # first, so that a removal that is cut off leaves no checkpoint that looks whole
             shutil.rmtree(folder)
 

@@ -251,8 +251,8 @@ class LoggerConfig:
     every_steps: int = setting(10, "steps between log lines", at_least=1)
     wandb: str = setting("disabled", "Weights & Biases: online, offline (sync later with `wandb sync`) or disabled",
                          choices=("online", "offline", "disabled"))
-    project: str = setting("ngpt", "W&B project")
-    entity: Optional[str] = setting(None, "W&B team or user (null: your default)")
+    project: Optional[str] = setting(None, "W&B project (null: WANDB_PROJECT of the environment, else ngpt)")
+    entity: Optional[str] = setting(None, "W&B team or user (null: WANDB_ENTITY of the environment, else your default)")
     group: Optional[str] = setting(None, "W&B group")
     tags: list[str] = setting([], "W&B tags")
 

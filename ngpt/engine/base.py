@@ -14,14 +14,19 @@ from torch import Tensor
 class UpdateOutcome:
     """What became of one optimizer update.
 
-    `grad_norm` is the global L2 norm of the gradient before clipping (docs/math.md says of which gradient under per-layer
-    updates); `gradient_bytes` the gradients and accumulators that were alive when it was taken; `lr` the rate of the
-    first parameter group; `applied` is False where the loss or the gradient was not finite and nothing was changed.
+    `loss` is the mean loss of the global batch. `grad_norm` is the global L2 norm of the gradient before clipping and
+    `applied_grad_norm` that of what the update is made from, which clipping limits: under per-layer updates, projected matrices
+    count there in their subspace (docs/math.md). `lr` is the rate of the first parameter group. `applied` is False where the loss
+    or the gradient was not finite and nothing was changed; `skipped_matrices` counts those left out of an immediate update.
+    `gradient_bytes` are the gradients and accumulators that were alive before the update.
     """
 
+    loss: float
     grad_norm: float
+    applied_grad_norm: float
     lr: float
     applied: bool
+    skipped_matrices: int
     gradient_bytes: int
 
 

@@ -61,16 +61,18 @@ class LocalEngine:
 
     def finish_update(self, loss: Tensor) -> UpdateOutcome:
         gradient_bytes = self._gradients.live_bytes()
-        norm = self._gradients.norm()
-        loss_value, norm_value = torch.stack([loss.float(), norm.float()]).tolist()  # the one synchronisation of a step
-        applied = math.isfinite(loss_value) and math.isfinite(norm_value)
+        scalars = torch.stack([scalar.float() for scalar in (loss, *self._gradients.scalars())])
+        loss_value, norm, applied_norm, skipped = scalars.tolist()  # the one synchronisation of a step
+        # Where the update took place in backward, matrices with a gradient that is not finite were left out there, one by one.
+        applied = math.isfinite(loss_value) and (self._gradients.immediate or math.isfinite(applied_norm))
         if not applied:
             self._gradients.discard()
         else:
-            if 0 < self._grad_clip < norm_value:
-                self._gradients.scale_(self._grad_clip / norm_value)
+            if 0 < self._grad_clip < applied_norm:
+                self._gradients.scale_(self._grad_clip / applied_norm)
             self._gradients.step()
-        return UpdateOutcome(norm_value, self.optimizer.param_groups[0]["lr"], applied, gradient_bytes)
+        lr = self.optimizer.param_groups[0]["lr"]
+        return UpdateOutcome(loss_value, norm, applied_norm, lr, applied, int(skipped), gradient_bytes)
 
     @torch.no_grad()
     def evaluate(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -115,6 +117,8 @@ class LocalEngine:
 class _WholeGradients:
     """Plain backward: every gradient stays in `.grad` until the update."""
 
+    immediate = False
+
     def __init__(self, optimizer: AdamW) -> None:
         self._optimizer = optimizer
 
@@ -130,8 +134,10 @@ class _WholeGradients:
     def live_bytes(self) -> int:
         return sum(grad.nbytes for grad in self._grads())
 
-    def norm(self) -> Tensor:
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._grads(), 2, dtype=torch.float32)))
+    def scalars(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Norm of the full gradient, norm of what will be applied, matrices left out: on the device, so that all are read at once."""
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._grads(), 2, dtype=torch.float32)))
+        return norm, norm, torch.zeros_like(norm)
 
     def scale_(self, factor: float) -> None:
         torch._foreach_mul_(self._grads(), factor)
@@ -149,6 +155,7 @@ class _PerLayerGradients:
 
     def __init__(self, optimizer: AdamW, apply: str) -> None:
         self._updates = attach(optimizer, apply=apply)
+        self.immediate = self._updates.immediate
 
     def begin_update(self, num_micro_batches: int) -> None:
         self._updates.begin_update(num_micro_batches)
@@ -156,16 +163,16 @@ class _PerLayerGradients:
     def backward(self, loss: Tensor) -> None:
         self._updates.begin_micro_batch()
         # An immediate update cannot be taken back, so a loss that is not finite must not reach backward at all.
-        if not self._updates.immediate or bool(torch.isfinite(loss)):
+        if not self.immediate or bool(torch.isfinite(loss)):
             loss.backward()
 
     def live_bytes(self) -> int:
         return self._updates.live_bytes()
 
-    def norm(self) -> Tensor:
-        """Of the full gradient where it existed as a whole; with several micro-batches, of what was accumulated."""
-        full = self._updates.full_norm()
-        return self._updates.norm() if full is None else full
+    def scalars(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As above; with several micro-batches the full gradient never exists, and the norm of what was accumulated stands for its own."""
+        applied, full = self._updates.norm(), self._updates.full_norm()
+        return (applied if full is None else full), applied, self._updates.skipped_in_update()
 
     def scale_(self, factor: float) -> None:
         self._updates.scale_(factor)

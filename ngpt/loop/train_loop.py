@@ -10,7 +10,7 @@ from typing import Any
 
 from ngpt.data.batch import Batch
 from ngpt.engine.base import Engine
-from ngpt.loop.train_step import StepResult, train_step
+from ngpt.loop.train_step import StepResult, num_label_tokens, train_step
 
 
 class TrainingDiverged(RuntimeError):
@@ -63,27 +63,25 @@ def train_loop(
         started = time.perf_counter()
         step_batches = list(islice(batches, micro_batches_per_step))
         data_ready = time.perf_counter()
-        outcome = train_step(engine, step_batches, lr_multiplier=lr_multiplier(progress.step))
+        update = train_step(engine, step_batches, lr_multiplier=lr_multiplier(progress.step))
         step_seconds = time.perf_counter() - started
 
+        step_tokens = num_label_tokens(step_batches)
+        complete = update.applied and not update.skipped_matrices
         progress.step += 1
-        progress.tokens += outcome.step_tokens
+        progress.tokens += step_tokens
         progress.seconds += step_seconds
-        progress.skipped_steps += not outcome.applied
-        progress.skipped_in_a_row = 0 if outcome.applied else progress.skipped_in_a_row + 1
+        progress.skipped_steps += not complete
+        progress.skipped_in_a_row = 0 if complete else progress.skipped_in_a_row + 1
         yield StepResult(
             step=progress.step,
             tokens=progress.tokens,
-            step_tokens=outcome.step_tokens,
-            loss=outcome.loss,
-            grad_norm=outcome.grad_norm,
-            lr=outcome.lr,
-            applied=outcome.applied,
+            step_tokens=step_tokens,
+            update=update,
             skipped_steps=progress.skipped_steps,
-            gradient_bytes=outcome.gradient_bytes,
             step_seconds=step_seconds,
             data_seconds=data_ready - started,
-            batches=[batch.identity() for batch in step_batches],
+            batches=step_batches,
         )
         if progress.skipped_in_a_row >= max_nonfinite_steps:
             raise TrainingDiverged(

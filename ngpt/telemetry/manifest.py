@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import subprocess
@@ -48,12 +49,13 @@ def write_manifest(path: Path, *, config: dict[str, Any], device: torch.device, 
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit and whether tracked files differ from it, or None outside a checkout."""
+    """Commit and whether tracked files differ from it; NGPT_COMMIT, which images set, outside a checkout; else None."""
     try:
         commit = _git(folder, "rev-parse", "HEAD").strip()
         return {"commit": commit, "modified": bool(_git(folder, "status", "--porcelain", "--untracked-files=no").strip())}
     except (OSError, subprocess.SubprocessError):
-        return None
+        commit = os.environ.get("NGPT_COMMIT")
+        return {"commit": commit, "modified": None} if commit else None
 
 
 def redact(argument: str) -> str:

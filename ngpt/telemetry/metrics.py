@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import time
@@ -16,7 +17,8 @@ from ngpt.loop.train_step import StepResult
 GIB = 2**30
 Record = dict[str, float | int | None]
 
-# Dense bf16 peak of the tensor cores, FLOP/s, as printed in the vendors' data sheets (the figure without sparsity).
+# Dense bf16 peak of the tensor cores, FLOP/s, as printed in the vendors' data sheets (the figure without sparsity), by words of the
+# device's name. Older cards have no bf16 in theirs and are measured.
 _PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -28,8 +30,6 @@ _PEAK_FLOPS = {
     "A10": 125e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
 }
 
 
@@ -60,16 +60,18 @@ class StepMetrics:
             memory: `allocated`, `peak_allocated`, `peak_reserved`, in bytes.
             sources: counters of the data pipeline.
         """
+        update = result.update
         steps, seconds = len(self._step_seconds), sum(self._step_seconds)
         tokens_per_second = self._tokens / seconds
         per_device = tokens_per_second / self._world_size
         record: Record = {
             "step": result.step,
             "tokens": result.tokens,
-            "train/loss": _finite(result.loss),
-            "train/perplexity": _finite(perplexity(result.loss)),
-            "optim/lr": result.lr,
-            "optim/grad_norm": _finite(result.grad_norm),
+            "train/loss": _finite(update.loss),
+            "train/perplexity": _finite(perplexity(update.loss)),
+            "optim/lr": update.lr,
+            "optim/grad_norm": _finite(update.grad_norm),
+            "optim/applied_grad_norm": _finite(update.applied_grad_norm),
             "optim/skipped_steps": result.skipped_steps,
             "throughput/tokens_per_sec": tokens_per_second,
             "throughput/tokens_per_sec_per_device": per_device,
@@ -77,7 +79,7 @@ class StepMetrics:
             "time/step_s": seconds / steps,
             "time/data_s": sum(self._data_seconds) / steps,
             "memory/weights_gib": state_bytes["weights"] / GIB,
-            "memory/gradients_gib": result.gradient_bytes / GIB,
+            "memory/gradients_gib": update.gradient_bytes / GIB,
             "memory/optimizer_state_gib": state_bytes["optimizer_state"] / GIB,
         }
         parts = {name: count for name, count in state_bytes.items() if name not in ("weights", "optimizer_state")}
@@ -121,7 +123,7 @@ def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cuda" and dtype is torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for known, flops in _PEAK_FLOPS.items():
-            if known in name:
+            if re.search(rf"\b{known}\b", name):
                 return flops
     size = 1024 if device.type == "cpu" else 8192
     left, right = (torch.full((size, size), 0.5, device=device, dtype=dtype) for _ in range(2))

@@ -54,8 +54,8 @@ class WandbSink:
                 mode = "offline"
             self._run = wandb.init(
                 mode=mode,
-                project=os.environ.get("WANDB_PROJECT", config.project),
-                entity=os.environ.get("WANDB_ENTITY", config.entity),
+                project=config.project or os.environ.get("WANDB_PROJECT", "ngpt"),
+                entity=config.entity or os.environ.get("WANDB_ENTITY"),
                 group=config.group,
                 tags=list(config.tags),
                 name=run_name,
@@ -79,7 +79,8 @@ class WandbSink:
         except Exception as error:
             self._give_up("log", error)
 
-    def close(self, *, exit_code: int = 0) -> None:
+    def close(self, *, exit_code: int) -> None:
+        """End the W&B run; anything but 0 shows it as crashed or stopped."""
         if self._run is None:
             return
         try:

@@ -81,10 +81,21 @@ def test_a_save_that_fails_leaves_the_earlier_ones_and_the_next_one_works(store,
     assert not list(store.folder.glob(".step-*"))
 
 
-def test_saving_a_step_again_replaces_it(store):
-    save(store, 5, value=1.0)
-    folder = save(store, 5, value=2.0)
-    assert read_weights(folder)["w"][0, 0] == 2.0
+def test_a_step_that_has_a_checkpoint_keeps_it_untouched(store):
+    folder = save(store, 5, value=1.0)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert save(store, 5, value=2.0) == folder
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert read_weights(folder)["w"][0, 0] == 1.0
+
+
+def test_an_unfinished_folder_is_replaced_by_a_save_of_its_step_and_cleared_by_any_other(store):
+    for step in (1, 2):
+        (save(store, step) / COMPLETE).unlink()
+    folder = save(store, 2, value=3.0)
+    assert store.newest() == folder
+    assert read_weights(folder)["w"][0, 0] == 3.0
+    assert [path.name for path in store.folder.glob("step-*")] == ["step-0000002"]
 
 
 def test_nothing_saved_means_no_newest(store):

@@ -32,6 +32,7 @@ class FakeEngine:
     """Returns the loss sums that the batches carry; records what it was asked."""
 
     device = torch.device("cpu")
+    skipped_matrices = 0
 
     def __init__(self) -> None:
         self.updates: list[SimpleNamespace] = []
@@ -47,7 +48,8 @@ class FakeEngine:
 
     def finish_update(self, loss: Tensor) -> UpdateOutcome:
         self.updates[-1].loss = loss.item()
-        return UpdateOutcome(grad_norm=1.0, lr=0.1, applied=bool(torch.isfinite(loss)), gradient_bytes=12)
+        applied = bool(torch.isfinite(loss))
+        return UpdateOutcome(loss.item(), 1.0, 1.0, lr=0.1, applied=applied, skipped_matrices=self.skipped_matrices, gradient_bytes=12)
 
     def evaluate(self, inputs: Mapping[str, Tensor]) -> Tensor:
         return inputs["loss_sum"]

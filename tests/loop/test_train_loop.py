@@ -9,7 +9,7 @@ import time
 import pytest
 
 from ngpt.loop.train_loop import Progress, TrainingDiverged, train_loop
-from ngpt.loop.train_step import train_step
+from ngpt.loop.train_step import num_label_tokens, train_step
 
 
 def endless(make_batch, tokens=4, loss_sum=8.0):
@@ -32,7 +32,7 @@ def test_loss_is_the_mean_over_all_tokens_of_the_global_batch_not_of_the_micro_b
     batches = [make_batch(0, 1, 10.0), make_batch(1, 9, 9.0)]
     outcome = train_step(engine, batches, lr_multiplier=1.0)
     assert outcome.loss == pytest.approx(19 / 10)  # the mean of means would be 5.5
-    assert outcome.step_tokens == 10
+    assert num_label_tokens(batches) == 10
     assert engine.updates[0].loss_divisor == 10
     assert engine.updates[0].seen == engine.updates[0].num_micro_batches == 2
 
@@ -47,7 +47,7 @@ def test_every_step_reads_its_own_micro_batches_and_its_own_rate(engine, make_ba
     results = list(run_loop(engine, endless(make_batch), Progress()))
     assert [result.step for result in results] == [1, 2, 3, 4, 5]
     assert [result.tokens for result in results] == [8, 16, 24, 32, 40]
-    assert [[b["first_row"] for b in result.batches] for result in results] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+    assert [[batch.index for batch in result.batches] for result in results] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
     assert [update.lr_multiplier for update in engine.updates] == [1.0, 2.0, 3.0, 4.0, 5.0]
 
 
@@ -86,14 +86,22 @@ def test_a_step_that_is_not_finite_is_counted_and_a_good_one_resets_the_row(engi
     losses = itertools.cycle([math.nan, math.nan, 1.0])
     batches = (make_batch(i, 1, loss) for i, loss in enumerate(losses))
     results = list(run_loop(engine, batches, Progress(), micro_batches_per_step=1, total_steps=6))
-    assert [result.applied for result in results] == [False, False, True] * 2
+    assert [result.update.applied for result in results] == [False, False, True] * 2
     assert [result.skipped_steps for result in results] == [1, 2, 2, 3, 4, 4]
+
+
+def test_an_update_that_left_out_a_matrix_counts_as_skipped_too(engine, make_batch):
+    engine.skipped_matrices = 1
+    loop = run_loop(engine, endless(make_batch), Progress())
+    assert [next(loop).skipped_steps for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(TrainingDiverged):
+        next(loop)
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run_after_the_last_result(engine, make_batch):
     loop = run_loop(engine, endless(make_batch, loss_sum=math.inf), Progress())
     results = [next(loop), next(loop), next(loop)]
-    assert results[-1].batches == [{"first_row": 4}, {"first_row": 5}]
+    assert [batch.index for batch in results[-1].batches] == [4, 5]
     with pytest.raises(TrainingDiverged, match=r"3 times in a row.*max_nonfinite_steps = 3.*optimizer\.lr"):
         next(loop)
 

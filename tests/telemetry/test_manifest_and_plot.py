@@ -49,8 +49,11 @@ def test_secrets_are_not_written(argument, shown):
     assert redact(argument) == shown
 
 
-def test_git_state_knows_a_modified_checkout_and_none_outside(tmp_path):
+def test_git_state_knows_a_modified_checkout_and_what_an_image_was_built_from(tmp_path, monkeypatch):
+    monkeypatch.delenv("NGPT_COMMIT", raising=False)
     assert git_state(tmp_path) is None
+    monkeypatch.setenv("NGPT_COMMIT", "abc")
+    assert git_state(tmp_path) == {"commit": "abc", "modified": None}
     commands = (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x"])
     (tmp_path / "file").write_text("1")
     for command in commands:

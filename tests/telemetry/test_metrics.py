@@ -8,18 +8,16 @@ import math
 import pytest
 import torch
 
+from ngpt.engine.base import UpdateOutcome
 from ngpt.loop.evaluate import EvalResult
 from ngpt.loop.train_step import StepResult
 from ngpt.telemetry.console import duration, eval_line, progress_bar, step_line
 from ngpt.telemetry.metrics import GIB, StepMetrics, device_memory, device_peak_flops, eval_record
 
 
-def result(step=1, **changes):
-    values = {
-        "step": step, "tokens": 100 * step, "step_tokens": 100, "loss": 2.0, "grad_norm": 0.5, "lr": 1e-3, "applied": True,
-        "skipped_steps": 0, "gradient_bytes": GIB // 2, "step_seconds": 0.5, "data_seconds": 0.1, "batches": [],
-    } | changes  # fmt: skip
-    return StepResult(**values)
+def result(step=1, *, loss=2.0, grad_norm=0.5, step_seconds=0.5):
+    update = UpdateOutcome(loss, grad_norm, grad_norm / 2, lr=1e-3, applied=True, skipped_matrices=0, gradient_bytes=GIB // 2)
+    return StepResult(step, 100 * step, 100, update, skipped_steps=0, step_seconds=step_seconds, data_seconds=0.1, batches=[])
 
 
 def record_of(metrics, step_result):
@@ -46,6 +44,7 @@ def test_the_promised_names_and_units(metrics):
         "train/perplexity": pytest.approx(math.exp(2)),
         "optim/lr": 1e-3,
         "optim/grad_norm": 0.5,
+        "optim/applied_grad_norm": 0.25,
         "optim/skipped_steps": 0,
         "throughput/tokens_per_sec": 200.0,
         "throughput/tokens_per_sec_per_device": 100.0,
@@ -113,6 +112,15 @@ def test_duration(seconds, text):
 def test_resident_set_on_a_cpu_is_plausible():
     memory = device_memory(torch.device("cpu"))
     assert 2**20 < memory["allocated"] <= memory["peak_allocated"] * 1.05 < 2**40
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA L4", 121e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12)],
+)
+def test_peaks_of_known_gpus_go_by_whole_words_of_their_names(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: name)
+    assert device_peak_flops(torch.device("cuda"), torch.bfloat16) == peak
 
 
 def test_measured_peak_is_plausible():

@@ -44,7 +44,7 @@ def make_sink(tmp_path, mode, run_id=None):
 def test_disabled_writes_nothing_and_still_has_an_id_to_keep(tmp_path):
     sink = make_sink(tmp_path, "disabled")
     sink.write({"step": 1})
-    sink.close()
+    sink.close(exit_code=0)
     assert list(tmp_path.iterdir()) == []
     assert len(sink.state_dict()["run_id"]) == 8
 
@@ -54,10 +54,10 @@ def test_a_real_offline_run_keeps_its_id_over_a_resume(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     first = make_sink(tmp_path, "offline")
     first.write({"step": 1, "tokens": 10, "train/loss": 2.0, "optim/grad_norm": None})
-    first.close()
+    first.close(exit_code=0)
     second = make_sink(tmp_path, "offline", run_id=first.state_dict()["run_id"])
     second.write({"step": 2, "tokens": 20, "train/loss": 1.0})
-    second.close()
+    second.close(exit_code=0)
     files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert files
     assert {path.name for path in files} == {f"run-{first.run_id}.wandb"}
@@ -72,7 +72,7 @@ def test_online_without_a_key_logs_offline_and_says_so(tmp_path, monkeypatch, ca
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     sink = make_sink(tmp_path, "online")
     sink.write({"step": 1})
-    sink.close()
+    sink.close(exit_code=0)
     assert "no API key" in caplog.text
     assert list((tmp_path / "wandb").glob("offline-run-*"))
 
@@ -101,6 +101,6 @@ def test_a_failure_of_wandb_is_logged_once_and_training_goes_on(tmp_path, monkey
     sink = make_sink(tmp_path, "offline")
     for step in range(3):
         sink.write({"step": step})
-    sink.close()
+    sink.close(exit_code=0)
     assert caplog.text.count("the server is gone") == 1
     assert "training goes on" in caplog.text
