@@ -40,6 +40,7 @@ def build_train_loader(
     skipped = SkippedDocuments(data.max_bad_documents)
     retries = _retries(data)
     executor = ThreadPoolExecutor(_READER_THREADS, thread_name_prefix="ngpt-read")
+    text_streams: list[TextBlocks] = []
     if isinstance(data, SyntheticDataConfig):
         language = SyntheticLanguage(vocab_size, data.document_tokens, seed)
         shards, fingerprint = data.streams, f"{vocab_size} words, {data.document_tokens} tokens a document"
@@ -66,11 +67,16 @@ def build_train_loader(
             share, tally = Share("train", stream, num_streams, seed), skipped.tally(stream)
             window, eos_id = data.shuffle_window, shape.eos_id
             blocks = TextBlocks(source, share, tokenizer.encode_documents, eos_id=eos_id, window=window, tally=tally, executor=executor)
+            text_streams.append(blocks)
             return rows_of_blocks(blocks, shape)
 
         open_rows = text_rows
 
     num_streams = count_streams(global_batch_size, min(data.streams, shards))
+
+    def start() -> None:
+        for blocks in text_streams:
+            blocks.prepare()
 
     def close() -> None:
         retries.stop.set()
@@ -90,6 +96,7 @@ def build_train_loader(
             "shuffle_window": data.shuffle_window,
         },
         counters=lambda: {**skipped.totals, "retries": retries.count},
+        on_start=start,
         on_close=close,
         prefetch=data.prefetch_batches,
         pin_memory=pin_memory,

@@ -105,6 +105,11 @@ class TextBlocks:
         self._position = 0
         self._start: dict[str, JSON] = {"epoch": 0, "window": 0, "position": 0, "source": None, "skipped": tally.counts()}
 
+    def prepare(self) -> None:
+        """Begin to read the window that `next_block` will need first, so that a rank's streams do so side by side."""
+        if self._window is None and self._upcoming is None:
+            self._upcoming = self._executor.submit(self._read)
+
     def next_block(self) -> TokenBlock:
         window = self._current_window()
         first = self._position

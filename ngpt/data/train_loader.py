@@ -34,6 +34,7 @@ class TrainLoader:
 
     `state_dict` describes the batches handed out, whatever has been prepared beyond them. It is world-size independent once the
     parts of all ranks are merged (`merge_states`). Errors of the background thread (DataError and others) are raised by `next`.
+    `on_start` is called before the first batch, and before the first one after `load_state_dict`.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class TrainLoader:
         *,
         settings: Mapping[str, JSON],
         counters: Callable[[], Mapping[str, float]] = dict,
+        on_start: Callable[[], None] = lambda: None,
         on_close: Callable[[], None] = lambda: None,
         prefetch: int = 8,
         pin_memory: bool = False,
@@ -51,6 +53,7 @@ class TrainLoader:
         self._rows = rows
         self._settings = {"streams": layout.num_streams, "global_batch_size": layout.global_batch_size, **settings}
         self._counters = counters
+        self._on_start = on_start
         self._on_close = on_close
         self._prefetch = prefetch
         self._pin_memory = pin_memory
@@ -137,6 +140,8 @@ class TrainLoader:
         }
 
     def _start(self) -> None:
+        """Prepare batches from the current position on: from the beginning, or from that of the state loaded last."""
+        self._on_start()
         self._thread = threading.Thread(target=self._produce, name="ngpt-data", daemon=True)
         self._thread.start()
 
