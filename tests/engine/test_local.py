@@ -177,3 +177,36 @@ def test_restored_state_keeps_the_settings_of_this_run():
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_nearest", "bf16_master"])
 def test_precision_says_how_weights_are_stored(precision):
     assert weight_dtype(precision) is (torch.float32 if precision == "fp32" else torch.bfloat16)
+
+
+def test_immediate_mode_counts_the_matrices_it_left_out():
+    engine = build("immediate")
+    first = {name: weight.clone() for name, weight in engine.weights().items()}
+    engine.model.first.weight.register_hook(lambda grad: grad * math.nan)
+    (batch,) = batches(1)
+    _, outcome = update(engine, [batch])
+    assert outcome.applied
+    assert outcome.skipped_matrices == 1
+    assert math.isnan(outcome.applied_grad_norm)
+    after = engine.weights()
+    assert torch.equal(after["first.weight"], first["first.weight"])
+    assert not torch.equal(after["second.weight"], first["second.weight"])
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_clipping_a_low_rank_update_does_not_depend_on_the_micro_batch(rows):
+    """The basis is fixed by a first update on the same batch, so only the gradient's split differs."""
+
+    def optimizer(model):
+        return NaturalGaLore(low_rank_groups(model, rank=2), lr=0.1, eps=1.0, fisher="none", stagger=False)
+
+    whole, split = build("deferred", clip=0.01, optimizer=optimizer), build("deferred", clip=0.01, optimizer=optimizer)
+    (batch,) = batches(1, rows=4)
+    parts = [{key: value[i : i + rows] for key, value in batch.items()} for i in range(0, 4, rows)]
+    for engine in (whole, split):
+        update(engine, [batch])
+    _, outcome = update(whole, [batch])
+    _, of_parts = update(split, parts)
+    assert of_parts.applied_grad_norm == pytest.approx(outcome.applied_grad_norm, rel=1e-5)
+    for name, weight in whole.weights().items():
+        torch.testing.assert_close(split.weights()[name], weight, rtol=1e-5, atol=1e-7)
