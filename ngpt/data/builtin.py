@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ngpt.data.atomic import atomic_file
-from ngpt.data.documents import JSON, DataError, Document, Share, Split, StreamTally
+from ngpt.data.documents import JSON, DataError, Document, DocumentReader, Share, Split, StreamTally
 from ngpt.data.seeding import permutation
 
 logger = logging.getLogger(__name__)
@@ -183,21 +183,17 @@ def _is_prose(words: list[str]) -> bool:
     return plain >= 0.55 * len(words) and common >= 0.1 * len(words)
 
 
-class _ListReader:
+class _ListReader(DocumentReader):
     """Documents of a list in a given order. State: how many have been read."""
 
     def __init__(self, documents: list[Document], position: int) -> None:
         self._documents = documents
         self._position = position
 
-    def __iter__(self) -> Iterator[Document]:
-        return self
-
-    def __next__(self) -> Document:
-        if self._position == len(self._documents):
-            raise StopIteration
-        self._position += 1
-        return self._documents[self._position - 1]
+    def _read(self) -> Iterator[Document]:
+        while self._position < len(self._documents):
+            self._position += 1
+            yield self._documents[self._position - 1]
 
     def state(self) -> JSON:
         return self._position

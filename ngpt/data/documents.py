@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -89,16 +91,23 @@ class SkippedDocuments:
             self.totals["empty_documents"] += 1
 
 
-class DocumentReader(Protocol):
-    """One pass over one stream's share of the documents."""
+class DocumentReader(ABC, Iterator[Document]):
+    """One pass over one stream's share of the documents. Subclasses are a generator and the position that it keeps in attributes."""
 
-    def __iter__(self) -> Iterator[Document]: ...
+    def __next__(self) -> Document:
+        return next(self._reading)
 
-    def __next__(self) -> Document: ...
+    @cached_property
+    def _reading(self) -> Iterator[Document]:
+        return self._read()
 
+    @abstractmethod
+    def _read(self) -> Iterator[Document]:
+        """The documents from the position on; called once."""
+
+    @abstractmethod
     def state(self) -> JSON:
         """Where the next document will be read, for `DocumentSource.open`."""
-        ...
 
 
 @dataclass(frozen=True)

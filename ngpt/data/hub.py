@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ngpt.data.documents import JSON, DataError, Document, Share, Split, StreamTally, check_text
+from ngpt.data.documents import JSON, DataError, Document, DocumentReader, Share, Split, StreamTally, check_text
 from ngpt.data.seeding import permutation
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def open_hub_dataset(repository: str, subset: str, revision: str, split: str) ->
     return datasets.load_dataset(repository, subset or None, revision=revision, split=split, streaming=True)
 
 
-class _HubReader:
+class _HubReader(DocumentReader):
     """One pass over a stream's shards.
 
     State: {"shard": shards finished, "row": rows read of the current one, "dataset": a position in it of `datasets`' own, "since":
@@ -104,13 +104,6 @@ class _HubReader:
         self._shard, self._row, self._position, self._since = (state[key] for key in ("shard", "row", "dataset", "since"))
         self._retries = retries
         self._tally = tally
-        self._documents = self._read()
-
-    def __iter__(self) -> Iterator[Document]:
-        return self
-
-    def __next__(self) -> Document:
-        return next(self._documents)
 
     def state(self) -> JSON:
         return {"shard": self._shard, "row": self._row, "dataset": self._position, "since": self._since}

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from isal import isal_zlib  # gzip at 2.5 times zlib's speed
 
-from ngpt.data.documents import JSON, DataError, Document, Share, Split, StreamTally, check_text
+from ngpt.data.documents import JSON, DataError, Document, DocumentReader, Share, Split, StreamTally, check_text
 from ngpt.data.seeding import permutation
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst")
@@ -117,7 +117,7 @@ def parse_line(line: bytes) -> tuple[str, str | None]:
     return (text, None) if isinstance(text, str) and problem is None else ("", problem)
 
 
-class JsonLinesReader:
+class JsonLinesReader(DocumentReader):
     """The documents of one share, file after file. State: {"shard": files finished, "line": lines read of the current one}."""
 
     def __init__(self, files: list[str], state: JSON, keep: tuple[int, bool] | None, tally: StreamTally) -> None:
@@ -125,13 +125,6 @@ class JsonLinesReader:
         self._shard, self._line = (state["shard"], state["line"]) if state else (0, 0)
         self._keep = keep
         self._tally = tally
-        self._documents = self._read()
-
-    def __iter__(self) -> Iterator[Document]:
-        return self
-
-    def __next__(self) -> Document:
-        return next(self._documents)
 
     def state(self) -> JSON:
         return {"shard": self._shard, "line": self._line}

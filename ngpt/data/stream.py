@@ -162,4 +162,3 @@ def read_in_order(reader: DocumentReader, encode: Encode, eos_id: int) -> Iterat
     """One pass over a reader's documents as blocks, for evaluation and preparation; they have no state."""
     while batch := list(itertools.islice(reader, _BLOCK_DOCUMENTS)):
         yield make_block(batch, encode, eos_id, 0, lambda _: {})
-

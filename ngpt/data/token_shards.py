@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ngpt.data.documents import JSON, DataError, Document, Share, Split, StreamTally
+from ngpt.data.documents import JSON, DataError, Document, DocumentReader, Share, Split, StreamTally
 from ngpt.data.json_lines import expand_globs
 from ngpt.data.seeding import permutation
 
@@ -160,7 +160,7 @@ def _manifests(patterns: list[str], option: str) -> list[str]:
     return expand_globs(patterns, option=option, suffixes=None)
 
 
-class _TokenDocumentReader:
+class _TokenDocumentReader(DocumentReader):
     """Documents of shards, found by their EOS. State: {"shard", "token", "document"}: shards finished, then within the current one."""
 
     def __init__(self, shards: list[tuple[str, np.ndarray]], eos_id: int, state: JSON, keep: tuple[int, bool] | None) -> None:
@@ -168,13 +168,6 @@ class _TokenDocumentReader:
         self._eos_id = eos_id
         self._shard, self._token, self._number = (state["shard"], state["token"], state["document"]) if state else (0, 0, 0)
         self._keep = keep
-        self._documents = self._read()
-
-    def __iter__(self) -> Iterator[Document]:
-        return self
-
-    def __next__(self) -> Document:
-        return next(self._documents)
 
     def state(self) -> JSON:
         return {"shard": self._shard, "token": self._token, "document": self._number}
