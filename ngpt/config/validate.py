@@ -17,7 +17,6 @@ from ngpt.config.problems import ConfigError, problem, shown
 from ngpt.config.schema import (
     C4DataConfig,
     GaLoreConfig,
-    ModelConfig,
     RunConfig,
     WSDSchedulerConfig,
     checkpointing_interval,
@@ -25,6 +24,7 @@ from ngpt.config.schema import (
     steps_in_run,
     warmup_steps_in_run,
 )
+from ngpt.config.shapes import block_matrices
 from ngpt.config.suggest import nearest
 
 
@@ -51,21 +51,6 @@ def vocabulary_problem(model_vocab: int, tokenizer_vocab: int) -> str | None:
     rule = f"must be at least the number of the tokenizer's pieces, {tokenizer_vocab}"
     fix = f"set model.vocab_size={tokenizer_vocab}, or tokenizer.path to a smaller tokenizer"
     return problem("model.vocab_size", model_vocab, rule, fix)
-
-
-def projected_matrices(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Shapes (rows, columns) of the matrices of one decoder block whose gradients low-rank optimizers project."""
-    hidden, inner = model.hidden_size, model.intermediate_size
-    key_value = hidden // model.num_attention_heads * (model.num_key_value_heads or model.num_attention_heads)
-    return {
-        "q_proj": (hidden, hidden),
-        "k_proj": (key_value, hidden),
-        "v_proj": (key_value, hidden),
-        "o_proj": (hidden, hidden),
-        "gate_proj": (inner, hidden),
-        "up_proj": (inner, hidden),
-        "down_proj": (hidden, inner),
-    }
 
 
 # ------------------------------------------------------------------------------------------------------ single values
@@ -188,11 +173,13 @@ def _activation_checkpointing(config: RunConfig, world_size: int) -> Iterator[st
 def _rank(config: RunConfig, world_size: int) -> Iterator[str]:
     if not isinstance(config.optimizer, GaLoreConfig):
         return
-    rank = config.optimizer.rank
-    name, (rows, columns) = min(projected_matrices(config.model).items(), key=lambda item: min(item[1]))
-    short = min(rows, columns)
+    rank, model = config.optimizer.rank, config.model
+    key_value = model.hidden_size // model.num_attention_heads * (model.num_key_value_heads or model.num_attention_heads)
+    matrices = block_matrices(hidden=model.hidden_size, inner=model.intermediate_size, key_value=key_value)
+    path, (rows, columns) = min(matrices.items(), key=lambda item: min(item[1]))
+    short, name = min(rows, columns), path.rpartition(".")[2]
     if rank >= short:
-        rule = f"must be below the short side of every projected matrix; {name} of model={config.model.name} is {rows} x {columns}"
+        rule = f"must be below the short side of every projected matrix; {name} of model={model.name} is {rows} x {columns}"
         fix = f"set optimizer.rank={max(1, short // 4)} (a quarter is usual, {short - 1} the largest)"
         yield problem("optimizer.rank", rank, rule, fix if short > 1 else "use optimizer=adamw")
 

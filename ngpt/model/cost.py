@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ngpt.config.schema import ModelConfig
+from ngpt.config.shapes import block_matrices
 
 
 class MatrixShape(NamedTuple):
@@ -51,21 +52,12 @@ def head_dim(config: ModelConfig) -> int:
 
 def matrix_shapes(config: ModelConfig) -> list[MatrixShape]:
     """Every matrix of the model, in the order of `named_parameters()`; a tied head is the embedding and not listed again."""
-    hidden, width = config.hidden_size, config.intermediate_size
-    query_width, key_value_width = (heads * head_dim(config) for heads in (config.num_attention_heads, num_key_value_heads(config)))
-    block = [
-        ("self_attn.q_proj", query_width, hidden),
-        ("self_attn.k_proj", key_value_width, hidden),
-        ("self_attn.v_proj", key_value_width, hidden),
-        ("self_attn.o_proj", hidden, query_width),
-        ("mlp.gate_proj", width, hidden),
-        ("mlp.up_proj", width, hidden),
-        ("mlp.down_proj", hidden, width),
-    ]
+    hidden, key_value_width = config.hidden_size, num_key_value_heads(config) * head_dim(config)
+    block = block_matrices(hidden=hidden, inner=config.intermediate_size, key_value=key_value_width)
     blocks = [
         MatrixShape(f"model.layers.{layer}.{name}.weight", rows, columns)
         for layer in range(config.num_hidden_layers)
-        for name, rows, columns in block
+        for name, (rows, columns) in block.items()
     ]
     head = [] if config.tie_word_embeddings else [MatrixShape("lm_head.weight", config.vocab_size, hidden)]
     return [MatrixShape("model.embed_tokens.weight", config.vocab_size, hidden), *blocks, *head]

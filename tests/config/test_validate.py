@@ -12,12 +12,11 @@ from ngpt.config.schema import (
     C4DataConfig,
     GaLoreConfig,
     LocalC4DataConfig,
-    ModelConfig,
     RunConfig,
     TokenizedDataConfig,
     WSDSchedulerConfig,
 )
-from ngpt.config.validate import ConfigError, projected_matrices, validate, vocabulary_problem
+from ngpt.config.validate import ConfigError, validate, vocabulary_problem
 
 Problems = Callable[..., list[str]]
 
@@ -242,19 +241,6 @@ def test_adamw_has_no_rank_to_check(config: RunConfig, problems_of: Problems):
     config.optimizer = AdamWConfig()
     config.model.num_key_value_heads = 1
     assert problems_of(config) == []
-
-
-def test_projected_matrices_are_attention_and_mlp():
-    shapes = projected_matrices(ModelConfig(hidden_size=64, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2))
-    assert shapes == {
-        "q_proj": (64, 64),
-        "k_proj": (32, 64),
-        "v_proj": (32, 64),
-        "o_proj": (64, 64),
-        "gate_proj": (160, 64),
-        "up_proj": (160, 64),
-        "down_proj": (64, 160),
-    }
 
 
 def test_the_vocabulary_of_the_model_must_hold_the_tokenizers():
