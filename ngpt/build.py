@@ -22,7 +22,6 @@ from ngpt.config.schema import (
     checkpointing_interval,
     warmup_steps_in_run,
 )
-from ngpt.config.validate import ConfigError, vocabulary_problem
 from ngpt.data.batch import Batch
 from ngpt.data.loader import build_eval_batches, build_train_loader
 from ngpt.data.tokenizer import Tokenizer
@@ -36,13 +35,8 @@ _ROUNDING = {"fp32": "nearest", "bf16": "stochastic", "bf16_nearest": "nearest",
 
 
 def open_tokenizer(config: RunConfig) -> Tokenizer | None:
-    """The run's tokenizer, or None where the data needs none. Raises ConfigError where the model's vocabulary is too small for it."""
-    if config.tokenizer.path is None:
-        return None
-    tokenizer = Tokenizer.load(config.tokenizer.path)
-    if problem := vocabulary_problem(config.model.vocab_size, tokenizer.vocab_size):
-        raise ConfigError([problem])
-    return tokenizer
+    """The run's tokenizer, or None where the data needs none."""
+    return None if config.tokenizer.path is None else Tokenizer.load(config.tokenizer.path)
 
 
 def open_train_loader(config: RunConfig, tokenizer: Tokenizer | None, ranks: Ranks, *, pin_memory: bool = False) -> TrainLoader:

@@ -136,11 +136,12 @@ class _WholeGradients:
 
     def scalars(self) -> tuple[Tensor, Tensor, Tensor]:
         """Norm of the full gradient, norm of what will be applied, matrices left out: on the device, so that all are read at once."""
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._grads(), 2, dtype=torch.float32)))
+        norms = torch._foreach_norm(self._grads(), 2, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
+        norm = torch.linalg.vector_norm(torch.stack(list(norms)))
         return norm, norm, torch.zeros_like(norm)
 
     def scale_(self, factor: float) -> None:
-        torch._foreach_mul_(self._grads(), factor)
+        torch._foreach_mul_(self._grads(), factor)  # pyright: ignore[reportPrivateImportUsage]
 
     def step(self) -> None:
         self._optimizer.step()

@@ -24,6 +24,7 @@ def configure_logging(run_folder: Path | None) -> None:
     logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
     for chatty in ("datasets", "httpx", "huggingface_hub", "fsspec", "filelock", "matplotlib", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: every line would come twice
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class WandbSink:
         try:
             import wandb
 
-            mode = config.wandb
+            mode: Any = config.wandb
             # prompt=False: a job in a queue must not wait for somebody to type a key.
             if mode == "online" and not wandb.login(prompt=False, verify=False):
                 logger.warning(
