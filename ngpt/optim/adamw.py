@@ -132,19 +132,33 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue exactly: every tensor keeps its dtype, device and bits (torch alone would cast all but `step` to the parameter's dtype).
+        """Continue exactly: values are copied into the tensors that this optimizer has, which keep dtype and device.
 
-        Raises ValueError, and changes nothing, if the state is that of other parameters or of other settings (rank, history, rounding,
-        ...).
+        (torch alone would put copies of the whole state, cast to the parameter's dtype, beside them.) Hooks of torch work as ever. Raises
+        ValueError, and changes nothing, if the state is that of other parameters or of other settings (rank, history, rounding, ...).
         """
-        own = [(self.slot(p).name, self.state[p]) for group in self.param_groups for p in group["params"]]
-        saved_ids = [number for group in state_dict["param_groups"] for number in group["params"]]
-        saved = [state_dict["state"].get(number, {}) for number in saved_ids]
-        check_state_fits(own, saved)
-        super().load_state_dict(state_dict)
-        for p, (_, tensors), incoming in zip(self._parameters(), own, saved, strict=True):
-            copy_state_(tensors, incoming)
-            self.state[p] = tensors
+        own = [(self.slot(p).name, self.state[p]) for p in self._parameters()]
+        saved: list[dict[str, Tensor]] = []
+
+        def take_state(_: torch.optim.Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+            saved.extend(incoming["state"].get(number, {}) for group in incoming["param_groups"] for number in group["params"])
+            check_state_fits(own, saved)
+            return {**incoming, "state": dict(self.state)}  # torch passes on as it is what has no number of a parameter as its key
+
+        def fill_state(_: torch.optim.Optimizer) -> None:
+            for (_, tensors), values in zip(own, saved, strict=True):
+                copy_state_(tensors, values)
+
+        # The last of the pre-hooks, to see what others made of the state; the first of the post-hooks, so that others see the result.
+        handles = [
+            self.register_load_state_dict_pre_hook(take_state),
+            self.register_load_state_dict_post_hook(fill_state, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

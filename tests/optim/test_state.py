@@ -6,11 +6,16 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ngpt.optim import AdamW, GaLore, NaturalGaLore, low_rank_groups, state_bytes
 
@@ -103,6 +108,106 @@ def test_loading_does_not_alias_the_loaded_tensors(make_network, train) -> None:
     train(twin, other, range(3))
     pairs = zip(optimizer.state.values(), other.state.values(), strict=True)
     assert all(mine[key].data_ptr() != theirs[key].data_ptr() for mine, theirs in pairs for key in mine)
+
+
+class NewStorages(TorchDispatchMode):
+    """Bytes of every storage that operations make, other than those they were given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        made = [t.untyped_storage() for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        self.bytes += sum(storage.nbytes() for storage in made if storage.data_ptr() not in given)
+        return result
+
+
+@methods
+@precisions
+def test_loading_allocates_nothing(make_network, train, method: str, dtype: torch.dtype, rounding: str) -> None:
+    """Room for the state is there from the start; a second copy, even for a moment, can be what does not fit at resume."""
+    network = make_network(dtype)
+    optimizer = METHODS[method](network, rounding=rounding)
+    train(network, optimizer, range(4))
+    other = METHODS[method](make_network(dtype), rounding=rounding)
+    addresses = [tensor.data_ptr() for state in other.state.values() for tensor in state.values()]
+    saved = optimizer.state_dict()
+    with NewStorages() as new:
+        other.load_state_dict(saved)
+    assert new.bytes == 0
+    assert [tensor.data_ptr() for state in other.state.values() for tensor in state.values()] == addresses
+    assert same_state(optimizer, other)
+
+
+def test_the_counter_of_the_test_above_sees_torch_copy_the_state(make_network, train) -> None:
+    network = make_network(torch.bfloat16)
+    optimizer = METHODS["adamw"](network)
+    with NewStorages() as new:
+        torch.optim.Optimizer.load_state_dict(optimizer, optimizer.state_dict())
+    assert new.bytes == 2 * 2 * sum(p.numel() for p in network.parameters())  # both moments, cast to bf16
+
+
+def test_hooks_of_torch_see_what_is_loaded_and_may_change_it(make_network, train) -> None:
+    network = make_network()
+    optimizer = METHODS["natural galore"](network)
+    train(network, optimizer, range(2))
+    other = METHODS["natural galore"](make_network())
+    seen: list[bool] = []
+
+    def double(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state = {
+            number: {key: 2 * value if key == "exp_avg" else value for key, value in tensors.items()}
+            for number, tensors in state_dict["state"].items()
+        }
+        return {**state_dict, "state": state}
+
+    def look(loaded: torch.optim.Optimizer) -> None:
+        pairs = zip(loaded.state.values(), optimizer.state.values(), strict=True)
+        seen.append(all(torch.equal(mine["exp_avg"], 2 * theirs["exp_avg"]) for mine, theirs in pairs))
+
+    other.register_load_state_dict_pre_hook(double)
+    other.register_load_state_dict_post_hook(look, prepend=True)
+    for _ in range(2):
+        seen.clear()
+        other.load_state_dict(optimizer.state_dict())
+        look(other)
+        assert seen == [True, True]  # in the hook and at the end
+
+
+def test_state_in_other_groups_is_refused_and_changes_nothing(make_network, train) -> None:
+    network = make_network()
+    optimizer = AdamW(network.named_parameters())
+    train(network, optimizer, range(2))
+    named = list(make_network().named_parameters())
+    other = AdamW([{"params": named[:3]}, {"params": named[3:]}])
+    for _ in range(2):  # also the second time: nothing of the first attempt stays behind
+        before = copy.deepcopy(other.state_dict())
+        with pytest.raises(ValueError, match="different number of parameter groups"):
+            other.load_state_dict(optimizer.state_dict())
+        assert str(other.state_dict()) == str(before)
+    other.load_state_dict(before)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # by design: one process
+@methods
+def test_distributed_checkpoints_hold_the_exact_state(make_network, train, identical, tmp_path: Path, method: str) -> None:
+    network = make_network(torch.bfloat16)
+    optimizer = METHODS[method](network, rounding="master")
+    train(network, optimizer, range(4))
+    weights, state = get_state_dict(network, optimizer)
+    dcp.save({"weights": weights, "optimizer": state}, checkpoint_id=tmp_path, no_dist=True)
+    room = make_network(torch.bfloat16)
+    saved = dict(zip(("weights", "optimizer"), get_state_dict(room, METHODS[method](room, rounding="master")), strict=True))
+    dcp.load(saved, checkpoint_id=tmp_path, no_dist=True)
+    resumed = make_network(torch.bfloat16)
+    other = METHODS[method](resumed, rounding="master")
+    set_state_dict(resumed, other, model_state_dict=saved["weights"], optim_state_dict=saved["optimizer"])
+    assert same_state(optimizer, other)
+    assert train(network, optimizer, range(4, 9)) == train(resumed, other, range(4, 9))
+    assert identical(network, resumed)
 
 
 @pytest.mark.parametrize(
