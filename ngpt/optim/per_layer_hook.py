@@ -1,6 +1,10 @@
 """Per-layer updates: each gradient is reduced the moment backward has finished it, and the full one is freed before the next is born."""
 
+# torch._foreach_* is how torch's own optimizers treat many tensors at once; it is not in torch's __all__.
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -41,9 +45,11 @@ class PerLayerUpdates:
         self._reduced: dict[Tensor, Tensor] = {}
         self._fired: set[Tensor] = set()
         self._micro_batches = 1
-        self._norms: list[tuple[Tensor, Tensor]] = []  # (of the full gradient, of the reduced one), one per parameter
-        self._skipped: list[Tensor] = []
-        self._skipped_before = 0
+        self._device = optimizer.param_groups[0]["params"][0].device  # where numbers about the whole update are
+        self._full_norms: dict[Tensor, Tensor] = {}  # of full gradients, where they are not what is kept
+        self._reduced_norms: dict[Tensor, Tensor] = {}  # immediate: taken as gradients come; deferred: of what is kept, once asked for
+        self._skipped = {device: torch.zeros((), dtype=torch.int64, device=device) for device in {p.device for p in self._parameters}}
+        self._skipped_before = self._skipped_so_far()
 
     # ---------------------------------------------------------------------------------------------------------- backward
     def begin_update(self, num_micro_batches: int) -> None:
@@ -60,6 +66,7 @@ class PerLayerUpdates:
             raise RuntimeError("the gradients of the last update were neither applied with step() nor dropped with discard()")
         self._begin_anew()
         self._micro_batches = num_micro_batches
+        self._skipped_before = self._skipped_so_far()
 
     def begin_micro_batch(self) -> None:
         """Call before each backward of an update."""
@@ -77,13 +84,16 @@ class PerLayerUpdates:
         self._fired.add(p)
         kept = self._reduced.get(p)
         reduced = self.optimizer.reduce_gradient(p, grad, first=kept is None)
-        if self._micro_batches == 1:
-            self._norms.append((_norm(grad), _norm(reduced)))
+        if self._micro_batches == 1 and reduced is not grad:
+            self._full_norms[p] = _norms([grad])[0]
         if self.immediate:
+            self._reduced_norms[p] = _norms([reduced])[0]
             finite = self.optimizer.apply_gradient(p, reduced, guard=True)
             assert finite is not None
-            self._skipped.append(~finite)
-        elif kept is None:
+            self._skipped[p.device] += ~finite
+            return
+        self._reduced_norms.clear()
+        if kept is None:
             self._reduced[p] = reduced if self._micro_batches == 1 else reduced.to(compute_dtype(p))
         else:
             kept.add_(reduced)
@@ -94,20 +104,32 @@ class PerLayerUpdates:
 
         Call before `step`. It counts every micro-batch and what `scale_` did; it is not finite if any gradient was not.
         """
-        if self.immediate:
-            return _root_of_squares([applied for _, applied in self._norms])
-        return _root_of_squares([_norm(reduced) for reduced in self._reduced.values()])
+        return self._root_of_squares(self._norms_of_reduced())
 
     def full_norm(self) -> Tensor | None:
         """Global norm of the full gradient, before any `scale_`; None with several micro-batches, as their sum never existed."""
-        return _root_of_squares([full for full, _ in self._norms]) if self._micro_batches == 1 else None
+        return self._root_of_squares(self._norms_of_reduced() | self._full_norms) if self._micro_batches == 1 else None
 
     def scale_(self, factor: float | Tensor) -> None:
         """Multiply all gradients of this update by a number, as clipping does. Deferred mode only (RuntimeError)."""
         if self.immediate:
             raise RuntimeError("apply='immediate': gradients were applied during backward and cannot be scaled; use apply='deferred'")
+        if self._micro_batches == 1:
+            self._full_norms = self._norms_of_reduced() | self._full_norms
+        self._reduced_norms.clear()
         for reduced in self._reduced.values():
             reduced.mul_(factor)
+
+    def _norms_of_reduced(self) -> dict[Tensor, Tensor]:
+        """Norm of each reduced gradient as it is now. One pass over them, however often it is asked for."""
+        if self._reduced and not self._reduced_norms:
+            self._reduced_norms = dict(zip(self._reduced, _norms(list(self._reduced.values())), strict=True))
+        return self._reduced_norms
+
+    def _root_of_squares(self, norms: dict[Tensor, Tensor]) -> Tensor:
+        if not norms:
+            return torch.zeros((), device=self._device)
+        return torch.linalg.vector_norm(torch.stack([norm.to(self._device, torch.float32) for norm in norms.values()]))
 
     # ------------------------------------------------------------------------------------------------------------ update
     @torch.no_grad()
@@ -131,10 +153,14 @@ class PerLayerUpdates:
 
     def skipped_updates(self) -> int:
         """Updates of single parameters that immediate mode skipped so far because their gradient was not finite. Waits for the device."""
-        if self._skipped:
-            self._skipped_before += int(sum(skipped.sum().cpu() for skipped in self._skipped))
-            self._skipped.clear()
-        return self._skipped_before
+        return int(self._skipped_so_far())
+
+    def skipped_in_update(self) -> Tensor:
+        """How many of them were skipped since `begin_update`: int64, 0-dim, on the device, so that it can be read with other numbers."""
+        return self._skipped_so_far() - self._skipped_before
+
+    def _skipped_so_far(self) -> Tensor:
+        return sum((count.to(self._device) for count in self._skipped.values()), torch.zeros((), dtype=torch.int64, device=self._device))
 
     def live_bytes(self) -> int:
         """Bytes of all gradients that are kept now: the reduced ones, and full ones in `p.grad`, if any."""
@@ -152,15 +178,12 @@ class PerLayerUpdates:
 
     def _begin_anew(self) -> None:
         self._fired.clear()
-        self._norms.clear()
+        self._full_norms.clear()
+        self._reduced_norms.clear()
         self._micro_batches = 1
 
 
-def _norm(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor, dtype=compute_dtype(tensor))
-
-
-def _root_of_squares(norms: list[Tensor]) -> Tensor:
-    if not norms:
-        return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]))
+def _norms(tensors: list[Tensor]) -> list[Tensor]:
+    """The norm of each tensor, in the widest of their compute dtypes; on an accelerator, few kernels."""
+    widest = functools.reduce(torch.promote_types, map(compute_dtype, tensors))
+    return list(torch._foreach_norm(tensors, 2, dtype=widest))

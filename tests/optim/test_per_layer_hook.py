@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from ngpt.optim import AdamW, GaLore, NaturalGaLore, low_rank_groups
@@ -17,6 +21,11 @@ from ngpt.optim.per_layer_hook import PerLayerUpdates, attach
 
 def natural_galore(network: nn.Module, **options) -> NaturalGaLore:
     return NaturalGaLore(low_rank_groups(network, rank=4, update_proj_gap=3), lr=0.01, history=4, **options)
+
+
+def fixed_basis(network: nn.Module) -> NaturalGaLore:
+    """Each basis is chosen in the first update and stays."""
+    return NaturalGaLore(low_rank_groups(network, rank=4, update_proj_gap=1000), lr=0.01, history=4, stagger=False)
 
 
 METHODS: dict[str, Callable[..., AdamW]] = {
@@ -83,10 +92,10 @@ def test_several_bf16_micro_batches_are_added_up_in_fp32() -> None:
     optimizer = AdamW([weight], weight_decay=0.0)
     updates = attach(optimizer)
     updates.begin_update(257)
-    for _ in range(257):
+    for number in range(1, 258):
         updates.begin_micro_batch()
         weight.sum().backward()
-    assert updates.norm().item() == pytest.approx(2 * 257)  # bf16 has no 257
+        assert updates.norm().item() == pytest.approx(2 * number)  # bf16 has no 257
 
 
 # ----------------------------------------------------------------------------------------------------------------- memory
@@ -159,6 +168,93 @@ def test_the_full_norm_of_several_micro_batches_is_not_known(make_network, loss_
         loss_of(network, part).backward()
     assert updates.full_norm() is None
     assert updates.norm() > 0
+
+
+@pytest.mark.parametrize("read_before", [True, False])
+def test_the_full_norm_stays_that_of_the_gradient_when_clipping_scales(make_network, loss_of, read_before: bool) -> None:
+    twin = make_network(torch.float64)
+    unscaled = attach(natural_galore(twin))
+    loss_of(twin, 0).backward()
+    network = make_network(torch.float64)
+    updates = attach(natural_galore(network))
+    loss_of(network, 0).backward()
+    if read_before:
+        assert (updates.norm(), updates.full_norm()) == (unscaled.norm(), unscaled.full_norm())
+    updates.scale_(0.25)
+    updates.scale_(0.5)
+    torch.testing.assert_close(updates.norm(), unscaled.norm() / 8)
+    torch.testing.assert_close(updates.full_norm(), unscaled.full_norm())
+
+
+class CountedNorms(TorchDispatchMode):
+    """Elements read by every operation that takes norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "norm" in func.overloadpacket.__name__ and "layer" not in func.overloadpacket.__name__:
+            self.elements += sum(t.numel() for t in tree_leaves(args) if isinstance(t, Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("apply", "micro_batches"), [("deferred", 1), ("deferred", 3), ("immediate", 1)])
+def test_norms_read_each_tensor_once(make_network, loss_of, apply: str, micro_batches: int) -> None:
+    """Full gradients only where they existed as a whole and are not what is kept; the kept ones when asked for, however often."""
+    network = make_network()
+    optimizer = fixed_basis(network)
+    plain, matrices = (group["params"] for group in optimizer.param_groups)
+    kept = sum(p.numel() for p in plain) + sum(4 * max(p.shape) for p in matrices)
+    full = sum(p.numel() for p in matrices) if micro_batches == 1 else 0
+    updates = attach(optimizer, apply=apply)
+    loss_of(network, 0).backward()  # choosing the basis also takes a norm
+    updates.step()
+    with CountedNorms() as read:
+        updates.begin_update(micro_batches)
+        for _ in range(micro_batches):
+            updates.begin_micro_batch()
+            loss_of(network, 1).backward()
+        during_backward = read.elements
+        for _ in range(3):
+            updates.norm()
+            updates.full_norm()
+    of_each = 3 * (len(plain) + len(matrices)) * (2 if micro_batches == 1 else 1)  # the root over all parameters, when asked for
+    assert during_backward == full + (kept if apply == "immediate" else 0)
+    assert read.elements == kept + full + of_each
+
+
+def test_an_update_without_gradients_has_norms_on_the_device_of_the_parameters() -> None:
+    weight = nn.Parameter(torch.zeros(3, 4, device="meta"))
+    for apply in ("deferred", "immediate"):
+        updates = attach(AdamW([weight]), apply=apply)
+        updates.begin_update(1)
+        for value in (updates.norm(), updates.full_norm(), updates.skipped_in_update()):
+            assert (value.device.type, value.shape) == ("meta", ())
+        updates.discard()
+        updates.detach()
+
+
+def test_clipping_does_not_depend_on_the_size_of_micro_batches(make_network, loss_of) -> None:
+    """The applied norm exists for any number of micro-batches; the full norm, which would clip more, only where there is one."""
+    networks = [make_network(torch.float64) for _ in range(2)]
+    handles = [attach(fixed_basis(network)) for network in networks]
+    for index in range(5):
+        norms = []
+        # The first update, which chooses the basis, has one micro-batch in both.
+        for network, updates, count in zip(networks, handles, (1, 4 if index else 1), strict=True):
+            updates.begin_update(count)
+            for part in range(count):
+                rows = 32 // count
+                updates.begin_micro_batch()
+                (loss_of(network, index, slice(rows * part, rows * part + rows)) / count).backward()
+            norms.append(float(updates.norm()))
+            assert norms[-1] > 0.1
+            updates.scale_(0.1 / norms[-1])
+            updates.step()
+        assert norms[0] == pytest.approx(norms[1])
+        for p, q in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+            torch.testing.assert_close(p, q, atol=1e-7, rtol=1e-6)  # the factor comes from fp32 norms
 
 
 def test_clipping_scales_what_is_applied(make_network, loss_of, identical) -> None:
@@ -243,6 +339,36 @@ def test_immediate_mode_skips_only_the_matrix_whose_gradient_is_not_finite(make_
     updates.step()
     assert updates.skipped_updates() == 1
     assert not torch.equal(poisoned, before[poisoned][0])
+
+
+def test_skipped_layers_are_counted_on_the_device_without_growth(make_network, loss_of) -> None:
+    network = make_network()
+    updates = attach(natural_galore(network), apply="immediate")
+
+    def train(index: int, poisoned: tuple[nn.Module, ...]) -> int:
+        updates.begin_update(1)
+        poison = [module.weight.register_hook(lambda grad: grad * float("nan")) for module in poisoned]
+        loss_of(network, index).backward()
+        for handle in poison:
+            handle.remove()
+        skipped = updates.skipped_in_update()
+        assert (skipped.dtype, skipped.shape) == (torch.int64, ())
+        updates.step()
+        assert torch.equal(updates.skipped_in_update(), skipped)
+        return int(skipped)
+
+    def tensors_alive() -> int:
+        gc.collect()
+        return sum(type(thing) is Tensor for thing in gc.get_objects())
+
+    assert [train(0, ()), train(1, (network.square, network.down)), train(2, ()), train(3, (network.up,))] == [0, 2, 0, 1]
+    before = tensors_alive()
+    for index in range(4, 8):
+        assert train(index, ()) == 0
+    assert tensors_alive() == before
+    updates.begin_update(1)
+    assert int(updates.skipped_in_update()) == 0
+    assert updates.skipped_updates() == 3
 
 
 # ----------------------------------------------------------------------------------------------------------------- misuse
