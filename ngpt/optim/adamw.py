@@ -140,12 +140,12 @@ class AdamW(torch.optim.Optimizer):
         own = [(self.slot(p).name, self.state[p]) for p in self._parameters()]
         saved: list[dict[str, Tensor]] = []
 
-        def take_state(_: torch.optim.Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+        def take_state(_optimizer: torch.optim.Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
             saved.extend(incoming["state"].get(number, {}) for group in incoming["param_groups"] for number in group["params"])
             check_state_fits(own, saved)
             return {**incoming, "state": dict(self.state)}  # torch passes on as it is what has no number of a parameter as its key
 
-        def fill_state(_: torch.optim.Optimizer) -> None:
+        def fill_state(_optimizer: torch.optim.Optimizer) -> None:
             for (_, tensors), values in zip(own, saved, strict=True):
                 copy_state_(tensors, values)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     return sizes | {"total": sum(sizes.values())}
 
 
-def check_state_fits(own: list[tuple[str, dict[str, Tensor]]], saved: list[Mapping[str, Tensor]]) -> None:
+def check_state_fits(own: Sequence[tuple[str, dict[str, Tensor]]], saved: Sequence[Mapping[str, Tensor]]) -> None:
     """Raises ValueError, naming the first parameter (`own` holds names and states), if saved state has other keys, shapes or dtypes."""
     if len(own) != len(saved):
         raise ValueError(f"the saved state is of {len(saved)} parameters, this optimizer has {len(own)}")
