@@ -193,7 +193,10 @@ def test_the_optimizer_library_stands_alone() -> None:
 
 
 def test_settings_load_without_torch() -> None:
-    assert loaded_after("import ngpt.config.schema, ngpt.config.validate, ngpt.config.compose", ["torch", "deepspeed", "wandb"]) == []
+    settings, heavy = "import ngpt.config.schema, ngpt.config.validate, ngpt.config.compose", ["torch", "deepspeed", "wandb"]
+    assert loaded_after(settings, [*heavy, "sentencepiece"]) == []
+    # Validation opens the tokenizer's model.
+    assert loaded_after(f"{settings}, sentencepiece", heavy) == []
 
 
 def test_the_train_command_loads_no_torch_before_the_settings_are_checked() -> None:

@@ -1,4 +1,7 @@
-"""Rules about what is on disk: the tokenizer, the globs of shards, the checkpoint to resume from. Nothing is opened."""
+"""Rules about what is on disk: the tokenizer, the globs of shards, the checkpoint to resume from.
+
+Only the tokenizer is opened, because its vocabulary must fit the model's.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,46 @@ def file_problems(config: RunConfig) -> Iterator[str]:
         yield problem("run.dir", config.run.dir, "must be a folder, this is a file", "set run.dir=runs")
 
 
+def vocabulary_problem(model_vocab: int, tokenizer_vocab: int) -> str | None:
+    """The line for a model with fewer rows in its embedding than the tokenizer has pieces; None where it fits."""
+    if model_vocab >= tokenizer_vocab:
+        return None
+    rule = f"must be at least the number of the tokenizer's pieces, {tokenizer_vocab}"
+    fix = f"set model.vocab_size={tokenizer_vocab}, or tokenizer.path to a smaller tokenizer"
+    return problem("model.vocab_size", model_vocab, rule, fix)
+
+
 def _tokenizer_problems(config: RunConfig) -> Iterator[str]:
     path = config.tokenizer.path
-    if config.data.name == "synthetic" or (path is not None and os.path.isfile(path)):
+    if path is not None and os.path.isfile(os.path.expanduser(path)):
+        yield from _content_problems(path, config.model.vocab_size)
+    elif path is not None or config.data.name != "synthetic":
+        yield _missing_tokenizer(config)
+
+
+def _content_problems(path: str, model_vocab: int) -> Iterator[str]:
+    # Imported on use: a native library (without torch) that only runs on text need.
+    from sentencepiece import SentencePieceProcessor
+
+    tokenizer = SentencePieceProcessor()
+    try:
+        tokenizer.LoadFromSerializedProto(Path(path).expanduser().read_bytes())
+    except OSError as error:
+        yield problem("tokenizer.path", path, f"cannot be read ({error.strerror})", "make the file readable, or give another one")
         return
+    except RuntimeError:
+        fix = "give one that `python -m data_prep.train_tokenizer` wrote, or spiece.model of t5-base from the hub"
+        yield problem("tokenizer.path", path, "is no SentencePiece model", fix)
+        return
+    if tokenizer.eos_id() < 0:
+        yield problem("tokenizer.path", path, "has no EOS, which closes every document", "train the model with eos_id >= 0")
+    if too_small := vocabulary_problem(model_vocab, tokenizer.vocab_size()):
+        yield too_small
+
+
+def _missing_tokenizer(config: RunConfig) -> str:
+    """The line for a tokenizer that is not there, with the command that trains one on the text of the run."""
+    path = config.tokenizer.path
     target = "tokenizer.model"
     if path is None:
         rule = f"data={config.data.name} needs a SentencePiece model"
@@ -41,7 +80,7 @@ def _tokenizer_problems(config: RunConfig) -> Iterator[str]:
     fix = f"train one: python -m data_prep.train_tokenizer {source} --vocab-size {config.model.vocab_size} --out {target}"
     if os.path.basename(target) == "spiece.model":
         fix = f"bring spiece.model of t5-base from the hub, or {fix}"
-    yield problem("tokenizer.path", path, rule, fix if target == path else f"{fix} and set tokenizer.path={target}")
+    return problem("tokenizer.path", path, rule, fix if target == path else f"{fix} and set tokenizer.path={target}")
 
 
 def _shard_problems(data: LocalC4DataConfig | TokenizedDataConfig) -> Iterator[str]:

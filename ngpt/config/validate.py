@@ -31,7 +31,7 @@ from ngpt.config.suggest import nearest
 def validate(config: RunConfig, *, world_size: int = 1, check_files: bool = True) -> None:
     """Raise one ConfigError that lists every problem of `config` on `world_size` processes.
 
-    `check_files=False` leaves out whether files exist, for plans about another machine. Nothing is changed.
+    `check_files=False` opens and looks for no file, for plans about another machine. Nothing is changed.
     """
     single = dict(_single_value_problems(config))
     problems = list(single.values())
@@ -42,15 +42,6 @@ def validate(config: RunConfig, *, world_size: int = 1, check_files: bool = True
         problems += file_problems(config)
     if problems:
         raise ConfigError(problems)
-
-
-def vocabulary_problem(model_vocab: int, tokenizer_vocab: int) -> str | None:
-    """The line for a model with fewer rows in its embedding than the tokenizer has pieces; None where it fits."""
-    if model_vocab >= tokenizer_vocab:
-        return None
-    rule = f"must be at least the number of the tokenizer's pieces, {tokenizer_vocab}"
-    fix = f"set model.vocab_size={tokenizer_vocab}, or tokenizer.path to a smaller tokenizer"
-    return problem("model.vocab_size", model_vocab, rule, fix)
 
 
 # ------------------------------------------------------------------------------------------------------ single values

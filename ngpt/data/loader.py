@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+from ngpt.config.file_rules import vocabulary_problem
 from ngpt.config.schema import C4DataConfig, DataConfig, SyntheticDataConfig, TokenizedDataConfig
 from ngpt.data.batch import Batch
 from ngpt.data.documents import DataError, Share, SkippedDocuments
@@ -52,7 +53,8 @@ def build_train_loader(
     elif isinstance(data, TokenizedDataConfig) and data.packing == "pack":
         assert tokenizer is not None
         store, holdout = open_token_store(data, "train", tokenizer)
-        shards, fingerprint = 1, f"{store.fingerprint}-{holdout}"  # any rank jumps to any row: one stream is enough
+        shards = 1  # any rank jumps to any row: one stream is enough
+        fingerprint = store.fingerprint + (f", 1 row in {holdout[0]} held out" if holdout else "")
 
         def token_rows(stream: int, num_streams: int) -> RowSource:
             return TokenizedRows(store, shape, holdout=holdout, window=data.shuffle_window, seed=seed)
@@ -146,11 +148,8 @@ def _check_vocabulary(data: DataConfig, tokenizer: Tokenizer | None, vocab_size:
     if tokenizer is None:
         if not isinstance(data, SyntheticDataConfig):
             raise DataError(f"data={data.name} needs a tokenizer: set tokenizer.path to a SentencePiece .model file")
-    elif tokenizer.vocab_size > vocab_size:
-        raise DataError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model only model.vocab_size={vocab_size}; "
-            f"set model.vocab_size={tokenizer.vocab_size} (or more), or use a smaller tokenizer"
-        )
+    elif problem := vocabulary_problem(vocab_size, tokenizer.vocab_size):
+        raise DataError(problem)
 
 
 def _row_shape(data: DataConfig, tokenizer: Tokenizer | None, seq_len: int) -> RowShape:

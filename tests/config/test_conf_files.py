@@ -96,9 +96,9 @@ def test_experiments_open_with_what_they_cost(size: str):
     assert float(re.search(r"are ([\d.]+) GB more", text)[1]) == pytest.approx(history_gigabytes, rel=0.03)
 
 
-def test_quickstart_needs_no_network_and_no_account(folder: Path):
+def test_quickstart_needs_no_network_and_no_account(folder: Path, tokenizer_model: bytes):
     (folder / "runs/quickstart").mkdir(parents=True)
-    (folder / "runs/quickstart/tokenizer.model").touch()
+    (folder / "runs/quickstart/tokenizer.model").write_bytes(tokenizer_model)
     config = compose_run(["experiment=quickstart"])
     assert (config.data.name, config.logger.wandb, config.run.name) == ("builtin", "disabled", "quickstart")
     assert (config.model.name, config.model.vocab_size, config.optimizer.name) == ("llama_9m", 4096, "natural_galore")

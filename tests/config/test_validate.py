@@ -5,7 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
+from ngpt.config.file_rules import vocabulary_problem
 from ngpt.config.schema import (
     AdamWConfig,
     BuiltinDataConfig,
@@ -16,7 +18,7 @@ from ngpt.config.schema import (
     TokenizedDataConfig,
     WSDSchedulerConfig,
 )
-from ngpt.config.validate import ConfigError, validate, vocabulary_problem
+from ngpt.config.validate import ConfigError, validate
 
 Problems = Callable[..., list[str]]
 
@@ -261,7 +263,9 @@ def test_training_and_held_out_text_of_the_hub_must_differ(config: RunConfig, pr
 
 
 # --------------------------------------------------------------------------------------------------------------- files
-def test_text_needs_a_tokenizer_and_the_error_says_how_to_train_one(config: RunConfig, problems_of: Problems, folder: Path):
+def test_text_needs_a_tokenizer_and_the_error_says_how_to_train_one(
+    config: RunConfig, problems_of: Problems, folder: Path, tokenizer_model: bytes
+):
     config.data = BuiltinDataConfig()
     train = "train one: python -m data_prep.train_tokenizer --builtin --vocab-size 32000 --out"
     assert problems_of(config) == [
@@ -273,8 +277,55 @@ def test_text_needs_a_tokenizer_and_the_error_says_how_to_train_one(config: RunC
     assert problems_of(config)[0].startswith("tokenizer.path = .: must be a SentencePiece .model file, this is a folder; train one")
     config.tokenizer.path = "spiece.model"
     assert "bring spiece.model of t5-base from the hub, or train one" in problems_of(config)[0]
-    (folder / "spiece.model").touch()
+    (folder / "spiece.model").write_bytes(tokenizer_model)
     assert problems_of(config) == []
+
+
+def test_the_tokenizers_vocabulary_is_checked_together_with_everything_else(
+    config: RunConfig, problems_of: Problems, folder: Path, tokenizer_model: bytes
+):
+    (folder / "t.model").write_bytes(tokenizer_model)
+    config.data, config.tokenizer.path = BuiltinDataConfig(), "t.model"
+    config.model.vocab_size, config.optimizer.lr = 64, 0.0
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model).vocab_size()
+    assert pieces > 256
+    assert problems_of(config) == [
+        "optimizer.lr = 0.0: must be above 0; the default is 0.01",
+        f"model.vocab_size = 64: must be at least the number of the tokenizer's pieces, {pieces}; "
+        f"set model.vocab_size={pieces}, or tokenizer.path to a smaller tokenizer",
+    ]
+    config.model.vocab_size, config.optimizer.lr = pieces, 0.01
+    assert problems_of(config) == []
+
+
+def test_a_tokenizer_given_for_synthetic_text_is_checked_too(
+    config: RunConfig, problems_of: Problems, folder: Path, tokenizer_model: bytes
+):
+    (folder / "t.model").write_bytes(tokenizer_model)
+    config.tokenizer.path, config.model.vocab_size = "t.model", 64
+    assert [line.partition(":")[0] for line in problems_of(config)] == ["model.vocab_size = 64"]
+
+
+@pytest.mark.parametrize("contents", [b"", b"not a tokenizer"])
+def test_a_file_that_is_no_sentencepiece_model_is_refused(config: RunConfig, problems_of: Problems, folder: Path, contents: bytes):
+    (folder / "broken.model").write_bytes(contents)
+    config.data, config.tokenizer.path = BuiltinDataConfig(), "broken.model"
+    assert problems_of(config) == [
+        "tokenizer.path = broken.model: is no SentencePiece model; "
+        "give one that `python -m data_prep.train_tokenizer` wrote, or spiece.model of t5-base from the hub"
+    ]
+
+
+def test_a_model_without_eos_is_refused(config: RunConfig, problems_of: Problems, folder: Path, model_without_eos: bytes):
+    (folder / "t.model").write_bytes(model_without_eos)
+    config.data, config.tokenizer.path = BuiltinDataConfig(), "t.model"
+    assert problems_of(config) == ["tokenizer.path = t.model: has no EOS, which closes every document; train the model with eos_id >= 0"]
+
+
+def test_plans_about_another_machine_open_no_tokenizer(config: RunConfig, problems_of: Problems, folder: Path):
+    (folder / "broken.model").write_bytes(b"not a tokenizer")
+    config.data, config.tokenizer.path = BuiltinDataConfig(), "broken.model"
+    assert problems_of(config, check_files=False) == []
 
 
 def test_the_tokenizer_is_trained_on_the_text_of_the_run(config: RunConfig, problems_of: Problems, folder: Path):
@@ -283,17 +334,19 @@ def test_the_tokenizer_is_trained_on_the_text_of_the_run(config: RunConfig, prob
     assert "train_tokenizer --files '*.jsonl' --vocab-size 32000" in problems_of(config)[0]
 
 
-def test_a_glob_may_start_at_the_home_folder(config: RunConfig, problems_of: Problems, folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_path_may_start_at_the_home_folder(
+    config: RunConfig, problems_of: Problems, folder: Path, monkeypatch: pytest.MonkeyPatch, tokenizer_model: bytes
+):
     monkeypatch.setenv("HOME", str(folder))
-    (folder / "t.model").touch()
-    config.tokenizer.path = str(folder / "t.model")
+    (folder / "t.model").write_bytes(tokenizer_model)
+    config.tokenizer.path = "~/t.model"
     config.data = LocalC4DataConfig(train_files=["~/t.*"])
     assert problems_of(config) == []
 
 
-def test_globs_must_match_something(config: RunConfig, problems_of: Problems, folder: Path):
+def test_globs_must_match_something(config: RunConfig, problems_of: Problems, folder: Path, tokenizer_model: bytes):
     config.tokenizer.path = str(folder / "t.model")
-    (folder / "t.model").touch()
+    (folder / "t.model").write_bytes(tokenizer_model)
     config.data = LocalC4DataConfig()
     assert problems_of(config) == [
         "data.train_files = []: data=local_c4 needs files to train on; set data.train_files='[corpus/*.json.gz]'"
@@ -309,9 +362,10 @@ def test_globs_must_match_something(config: RunConfig, problems_of: Problems, fo
     assert problems_of(config, check_files=False) == []
 
 
-def test_no_file_is_trained_on_and_evaluated_on(config: RunConfig, problems_of: Problems, folder: Path):
+def test_no_file_is_trained_on_and_evaluated_on(config: RunConfig, problems_of: Problems, folder: Path, tokenizer_model: bytes):
     config.tokenizer.path = str(folder / "t.model")
-    for name in ("t.model", "a.jsonl", "b.jsonl"):
+    (folder / "t.model").write_bytes(tokenizer_model)
+    for name in ("a.jsonl", "b.jsonl"):
         (folder / name).touch()
     config.data = LocalC4DataConfig(train_files=["*.jsonl"], val_files=[str(folder / "b.jsonl")])
     assert problems_of(config) == [
