@@ -184,8 +184,10 @@ class JsonLinesSource:
 
     def fingerprint(self, split: Split) -> str:
         """Of names and sizes: contents are too large to read, and a corpus may move to another folder."""
-        described = [f"{Path(file).name}:{os.path.getsize(file)}" for file in self._files[split]]
-        return hashlib.sha256("\n".join([*described, str(self._holdout_every)]).encode()).hexdigest()
+        sizes = [(Path(file).name, os.path.getsize(file)) for file in self._files[split]]
+        digest = hashlib.sha256(repr(sizes).encode()).hexdigest()
+        held_out = f", 1 line in {self._holdout_every} held out" if self._holdout_every else ""
+        return f"{len(sizes)} files of {sum(size for _, size in sizes)} bytes ({digest[:16]}){held_out}"
 
     def open(self, share: Share, state: JSON, tally: StreamTally) -> JsonLinesReader:
         files = self._files[share.split][share.stream :: share.num_streams]

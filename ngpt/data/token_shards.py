@@ -129,8 +129,8 @@ class TokenStore:
                     # np.asarray: slices of a memmap object cost ten times those of the plain array over the same pages.
                     tokens = np.asarray(np.memmap(folder / shard.file, dtype=dtype, mode="r"))
                     self.shards.append((str(folder / shard.file), tokens))
-        self.fingerprint = digest.hexdigest()
         self._ends = list(itertools.accumulate(len(tokens) for _, tokens in self.shards))
+        self.fingerprint = f"{len(self.shards)} shards of {len(self)} tokens ({digest.hexdigest()[:16]})"
 
     def __len__(self) -> int:
         return self._ends[-1] if self.shards else 0
@@ -199,7 +199,8 @@ class TokenDocuments:
         return max(1, len(self._stores[split].shards))
 
     def fingerprint(self, split: Split) -> str:
-        return f"{self._stores[split].fingerprint}-{self._holdout_every}"
+        held_out = f", 1 document in {self._holdout_every} held out" if self._holdout_every else ""
+        return self._stores[split].fingerprint + held_out
 
     def open(self, share: Share, state: JSON, tally: StreamTally) -> _TokenDocumentReader:
         shards = self._stores[share.split].shards[share.stream :: share.num_streams]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -169,6 +170,60 @@ def test_a_state_of_other_settings_is_refused_by_name(corpus: Path, open_loader:
     fewer = LocalC4DataConfig(train_files=[str(corpus / "part-[0-3].json.gz")])
     with pytest.raises(DataError, match="data was"):
         open_loader(fewer).load_state_dict(state)
+
+
+@pytest.fixture(params=["local_c4", "tokenized, pack", "tokenized, pad"])
+def files_data(request: pytest.FixtureRequest, corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> Callable[[str], DataConfig]:
+    """`files_data(folder)`: a configuration of the corpus, or of its tokens, in that folder; it is there in `here` at first."""
+    source, packing = request.param.partition(", ")[::2]
+    if source == "local_c4":
+        shutil.copytree(corpus, tmp_path / "here")
+        return lambda folder: LocalC4DataConfig(train_files=[str(tmp_path / folder / "*.json.gz")])
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+    job = Job(sorted(map(str, corpus.glob("*.json.gz"))), str(tmp_path / "tokenizer.model"), tmp_path / "here", max_bad_documents=0)
+    job.clean()
+    job.finish([tokenize_file(file, job.target(i), tokenizer, 0) for i, file in enumerate(job.files)])
+    return lambda folder: TokenizedDataConfig(train_files=[str(tmp_path / folder)], packing=packing)
+
+
+def test_a_corpus_that_moved_continues(files_data: Callable[[str], DataConfig], tmp_path: Path, open_loader: OpenLoader) -> None:
+    loader = open_loader(files_data("here"))
+    take(loader, PER_GLOBAL_BATCH)
+    state = json.dumps(loader.state_dict())
+    following = rows_of(take(loader, PER_GLOBAL_BATCH))
+    loader.close()
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    moved = open_loader(files_data("there"))
+    moved.load_state_dict(json.loads(state))
+    assert rows_of(take(moved, PER_GLOBAL_BATCH)) == following
+
+
+def test_other_files_under_the_same_setting_are_refused(
+    files_data: Callable[[str], DataConfig], tmp_path: Path, open_loader: OpenLoader
+) -> None:
+    data = files_data("here")
+    state = open_loader(data).state_dict()
+    lose_the_last_file(tmp_path / "here")
+    with pytest.raises(DataError, match=r"data was '5 (files|shards) of \d+ .*, is '4 (files|shards) of \d+ .*Restore the data"):
+        open_loader(data).load_state_dict(state)
+
+
+def lose_the_last_file(folder: Path) -> None:
+    files = sorted(folder.glob("[!m]*"))
+    files[-1].unlink()
+    manifest = folder / "manifest.json"
+    if manifest.exists():
+        record = json.loads(manifest.read_text())
+        manifest.write_text(json.dumps(record | {"shards": record["shards"][:-1]}))
+
+
+def test_a_renamed_file_is_another_file(corpus: Path, tmp_path: Path, open_loader: OpenLoader) -> None:
+    shutil.copytree(corpus, tmp_path / "here")
+    data = LocalC4DataConfig(train_files=[str(tmp_path / "here/*.json.gz")])
+    state = open_loader(data).state_dict()
+    (tmp_path / "here/part-0.json.gz").rename(tmp_path / "here/part-00.json.gz")
+    with pytest.raises(DataError, match="the saved position does not fit this data: data was '5 files"):
+        open_loader(data).load_state_dict(state)
 
 
 def test_a_part_of_the_state_is_not_enough(corpus: Path, open_loader: OpenLoader) -> None:
