@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 from ngpt.config.file_rules import vocabulary_problem
-from ngpt.config.schema import C4DataConfig, DataConfig, SyntheticDataConfig, TokenizedDataConfig
+from ngpt.config.schema import C4DataConfig, DataConfig, LocalC4DataConfig, SyntheticDataConfig, TokenizedDataConfig
 from ngpt.data.batch import Batch
 from ngpt.data.documents import DataError, Share, SkippedDocuments
 from ngpt.data.held_out import held_out_rows, keep_labels, share_of_rank
@@ -91,6 +91,7 @@ def build_train_loader(
         settings={
             "source": data.name,
             "data": fingerprint,
+            "val_files": eval_fingerprint(data, tokenizer),
             "tokenizer": tokenizer.fingerprint if tokenizer else None,
             "seed": seed,
             "seq_len": seq_len,
@@ -142,6 +143,14 @@ def build_eval_batches(
             "give data.val_files, or a smaller data.holdout_every"
         )
     return share_of_rank(rows, micro_batch_size, shape.pad_id, ranks)
+
+
+def eval_fingerprint(data: DataConfig, tokenizer: Tokenizer | None) -> str | None:
+    """What the files of data.val_files hold, wherever they are; None where the held-out set follows from the training data."""
+    if not isinstance(data, LocalC4DataConfig | TokenizedDataConfig) or not data.val_files:
+        return None
+    assert tokenizer is not None
+    return open_source(data, tokenizer, _retries(data)).fingerprint("eval")
 
 
 def _check_vocabulary(data: DataConfig, tokenizer: Tokenizer | None, vocab_size: int) -> None:

@@ -208,6 +208,21 @@ def test_other_files_under_the_same_setting_are_refused(
         open_loader(data).load_state_dict(state)
 
 
+def test_other_held_out_files_are_refused_and_moved_ones_are_not(
+    files_data: Callable[[str], DataConfig], tmp_path: Path, open_loader: OpenLoader
+) -> None:
+    shutil.copytree(tmp_path / "here", tmp_path / "held-out")
+    data = files_data("here")
+    data.val_files = files_data("held-out").train_files
+    state = open_loader(data).state_dict()
+    shutil.move(tmp_path / "held-out", tmp_path / "moved")
+    data.val_files = files_data("moved").train_files
+    open_loader(data).load_state_dict(state)
+    lose_the_last_file(tmp_path / "moved")
+    with pytest.raises(DataError, match=r"fit this data: val_files was '5 (files|shards) of .*, is '4 (files|shards) of "):
+        open_loader(data).load_state_dict(state)
+
+
 def lose_the_last_file(folder: Path) -> None:
     files = sorted(folder.glob("[!m]*"))
     files[-1].unlink()
