@@ -57,7 +57,7 @@ def test_activation_checkpointing_is_an_interval_of_blocks(policy: str, interval
     assert schema.checkpointing_interval(schema.TrainerConfig(activation_checkpointing=policy)) == interval
 
 
-@pytest.mark.parametrize("module", ["schema", "problems", "suggest", "file_rules", "validate", "compose", "reference"])
+@pytest.mark.parametrize("module", ["schema", "shapes", "problems", "suggest", "file_rules", "validate", "compose", "reference"])
 def test_configuration_never_imports_torch(module: str):
     program = f"import sys, ngpt.config.{module}; assert not {{'torch', 'numpy', 'sentencepiece', 'datasets'}} & sys.modules.keys()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=CONF_DIR.parent, check=False)
