@@ -25,7 +25,7 @@ def test_every_start_of_a_run_is_kept(tmp_path):
     assert [start["resumed_from"] for start in starts] == [None, "step-0000100"]
     assert starts[1]["argv"] == ["seed=1", "trainer.max_steps=9"]
     assert starts[0]["config"] == {"seed": 1}
-    assert starts[0]["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(starts[0]["versions"]["torch"])  # which may lack the local part, +cu130
     assert "cpu" in starts[0]["device"]
 
 
