@@ -44,28 +44,26 @@ def open_train_loader(config: RunConfig, tokenizer: Tokenizer | None, ranks: Ran
     return build_train_loader(
         config.data,
         tokenizer,
-        vocab_size=config.model.vocab_size,
-        seq_len=config.trainer.seq_len,
-        micro_batch_size=config.trainer.micro_batch_size,
-        global_batch_size=config.trainer.global_batch_size,
-        seed=config.seed,
         ranks=ranks,
+        global_batch_size=config.trainer.global_batch_size,
         pin_memory=pin_memory,
+        **_row_settings(config),
     )
 
 
 def read_eval_batches(config: RunConfig, tokenizer: Tokenizer | None, ranks: Ranks) -> list[Batch]:
     """The held-out batches of this rank, the same ones every time."""
-    return build_eval_batches(
-        config.data,
-        tokenizer,
-        vocab_size=config.model.vocab_size,
-        seq_len=config.trainer.seq_len,
-        micro_batch_size=config.trainer.micro_batch_size,
-        max_tokens=config.eval.max_tokens,
-        seed=config.seed,
-        ranks=ranks,
-    )
+    return build_eval_batches(config.data, tokenizer, ranks=ranks, max_tokens=config.eval.max_tokens, **_row_settings(config))
+
+
+def _row_settings(config: RunConfig) -> dict[str, int]:
+    """What rows of tokens look like, for training and for evaluation."""
+    return {
+        "vocab_size": config.model.vocab_size,
+        "seq_len": config.trainer.seq_len,
+        "micro_batch_size": config.trainer.micro_batch_size,
+        "seed": config.seed,
+    }
 
 
 def build_model(config: RunConfig) -> LlamaForCausalLM:
