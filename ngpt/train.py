@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 import hydra
 from omegaconf import DictConfig
@@ -26,6 +27,7 @@ from ngpt.config.validate import ConfigError, validate
 
 EXIT_USER_ERROR = 2
 EXIT_DIVERGED = 3
+SECONDS_FOR_RANK_0 = 20
 
 
 def train(config: RunConfig, arguments: list[str]) -> int:
@@ -92,8 +94,12 @@ def _run_job(composed: DictConfig, arguments: list[str], world_size: int) -> int
 
 
 def _report(error: Exception, exit_code: int) -> int:
-    if os.environ.get("RANK", "0") == "0":  # every rank has made the same mistake: one of them says so
+    """Say what is wrong, once: every rank has made the same mistake, and rank 0 speaks for all."""
+    if os.environ.get("RANK", "0") == "0":
         sys.stderr.write(f"\n{error}\n")
+    else:
+        # A launcher ends all ranks as soon as the first one fails: leave rank 0 the time to speak. Its end ends this wait.
+        time.sleep(SECONDS_FOR_RANK_0)
     return exit_code
 
 
