@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 OVERSAMPLING = 8  # extra columns of the range finder; 5-10 are the usual choice (Halko, Martinsson, Tropp 2011)
-POWER_ITERATIONS = 2
+MOST_POWER_ITERATIONS = 3
+SETTLED = 0.01  # share of energy: less gained by half an iteration, or less left to gain, ends the iterations
+FRESH_PART = 0.1  # size of the random part of each column that starts from an old basis, which may have become useless
 
 
 def short_side_first(matrix: Tensor) -> Tensor:
@@ -38,46 +40,114 @@ def lift_onto_(weight_ab: Tensor, basis_ar: Tensor, low_rb: Tensor, factor: floa
         weight_ab.mT.add_(low_rb.mT @ basis_ar.mT, alpha=factor)
 
 
-def exact_basis(grad_ab: Tensor, rank: int) -> Tensor:
-    """The first r left singular vectors, shape (a, r), by a full SVD."""
-    left, _, _ = torch.linalg.svd(grad_ab, full_matrices=False)
-    return left[:, :rank]
+def basis_and_energies(
+    grad_ab: Tensor, rank: int, *, subspace: str, previous_ar: Tensor | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor] | None:
+    """A basis (a, r) for this gradient in fp32 or fp64 and the share of ||G||_F^2 that each column catches (r,), descending.
 
+    `subspace`: "svd", "randomized" or "random". None where the gradient is zero or not finite and so shows no direction.
 
-def randomized_basis(grad_ab: Tensor, rank: int, previous_ar: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Approximate first r left singular vectors, ordered, shape (a, r), by a randomized range finder.
-
-    Halko, Martinsson, Tropp 2011 (algorithms 4.4 and 5.1): Y = G Omega, or Y = G (G' [P_old, Omega]) when there is an old basis to
-    start from; then power iterations, QR, and the eigenvectors of the small matrix (Q'G)(Q'G)'. Each product with G is linear in G
-    and thin.
+    Reads numbers from the device, the only place where an update waits for it; the factorisations of a refresh wait anyway.
     """
-    short, long = grad_ab.shape
-    width = min(rank + OVERSAMPLING, short)
-    if previous_ar is None:
-        start_bw = torch.randn(long, width, generator=generator, device=grad_ab.device, dtype=grad_ab.dtype)
-    else:
-        fresh = torch.randn(short, width - rank, generator=generator, device=grad_ab.device, dtype=grad_ab.dtype) / math.sqrt(short)
-        start_bw = grad_ab.mT @ torch.cat([previous_ar.to(grad_ab.dtype), fresh], dim=1)
-    sketch_aw = grad_ab @ start_bw
-    for _ in range(POWER_ITERATIONS):
-        sketch_aw = grad_ab @ (grad_ab.mT @ torch.linalg.qr(sketch_aw).Q)
-    range_aw = torch.linalg.qr(sketch_aw).Q
-    small_wb = range_aw.mT @ grad_ab
-    ascending_ww = torch.linalg.eigh(small_wb @ small_wb.mT).eigenvectors
-    return range_aw @ ascending_ww.flip(1)[:, :rank]
+    grad_ab = _at_size_one(grad_ab)
+    if grad_ab is None:
+        return None
+    if subspace == "svd":
+        left, values, _ = torch.linalg.svd(grad_ab, full_matrices=False)
+        energies = values.square()
+        return left[:, :rank], energies[:rank] / energies.sum()
+    if subspace == "randomized":
+        return _randomized_range(grad_ab, rank, previous_ar, generator)
+    basis_ar = random_basis(grad_ab, rank, generator)
+    energies, order = (basis_ar.mT @ grad_ab).square().sum(1).sort(descending=True, stable=True)
+    return basis_ar[:, order], energies / grad_ab.square().sum()
 
 
 def find_basis(grad_ab: Tensor, rank: int, *, subspace: str, previous_ar: Tensor | None, generator: torch.Generator) -> Tensor | None:
-    """A basis (a, r) for this gradient in fp32 or fp64, or None where the gradient is zero or not finite and so shows no direction.
+    """The basis of `basis_and_energies` alone."""
+    found = basis_and_energies(grad_ab, rank, subspace=subspace, previous_ar=previous_ar, generator=generator)
+    return None if found is None else found[0]
 
-    Reads one number from the device. That is the only place where an update waits for the device, and the factorisations of a
-    refresh wait for it anyway.
+
+def randomized_basis(grad_ab: Tensor, rank: int, previous_ar: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Approximate first r left singular vectors, ordered, shape (a, r), by a randomized range finder."""
+    return _randomized_range(grad_ab, rank, previous_ar, generator)[0]
+
+
+def random_basis(grad_ab: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+    """A basis (a, r) drawn uniformly from all of them, for gradients of this shape, device and dtype whatever they hold."""
+    dtype = torch.promote_types(grad_ab.dtype, torch.float32)
+    gaussian_ar = torch.randn(grad_ab.shape[0], rank, generator=generator, device=grad_ab.device, dtype=dtype)
+    return _orthonormal(gaussian_ar).to(dtype)
+
+
+def cheap_basis(grad_ab: Tensor, rank: int) -> Tensor | None:
+    """The r rows of largest energy as a basis: columns of the identity (a, r), ordered, the first of equal rows first.
+
+    Costs about a pass over the gradient, for use until a matrix's turn for a better basis comes. None as in `basis_and_energies`.
     """
+    grad_ab = _at_size_one(grad_ab)
+    if grad_ab is None:
+        return None
+    rows = torch.linalg.vector_norm(grad_ab, dim=1).sort(descending=True, stable=True).indices[:rank]
+    basis_ra = grad_ab.new_zeros(rank, grad_ab.shape[0])
+    return basis_ra.scatter_(1, rows[:, None], 1.0).mT
+
+
+def _at_size_one(grad_ab: Tensor) -> Tensor | None:
+    """The gradient in fp32 or wider, its largest entry 1, as squares of tiny ones would be lost; None if zero or not finite."""
     grad_ab = grad_ab.to(torch.promote_types(grad_ab.dtype, torch.float32))
     largest = torch.linalg.vector_norm(grad_ab, ord=torch.inf).item()
-    if not 0 < largest < math.inf:
-        return None
-    grad_ab = grad_ab / largest  # squares of tiny gradients would be lost in fp32
-    if subspace == "svd":
-        return exact_basis(grad_ab, rank)
-    return randomized_basis(grad_ab, rank, previous_ar, generator)
+    return grad_ab / largest if 0 < largest < math.inf else None
+
+
+def _randomized_range(grad_ab: Tensor, rank: int, previous_ar: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Basis (a, r) and shares of energy (r,) by power iterations on a random or an old subspace (Halko, Martinsson, Tropp 2011, 4.4).
+
+    An iteration is Z = G' orth(Y), Y = G orth(Z), w = r + OVERSAMPLING columns each: thin, and linear in G. ||Z||^2 and ||Y||^2 are
+    lower bounds, ever better ones, of the energy that can be caught, so they tell when to stop: gradients of real models need one
+    iteration. As orth(Z) has orthonormal columns, the singular vectors and values of Y are those of G as far as w dimensions show them.
+    """
+    short = grad_ab.shape[0]
+    width = min(rank + OVERSAMPLING, short)
+    gaussian_aw = torch.randn(short, width, generator=generator, device=grad_ab.device, dtype=grad_ab.dtype) / math.sqrt(short)
+    left_aw = gaussian_aw
+    if previous_ar is not None:
+        old_ar = previous_ar[:, :width].to(grad_ab.dtype)
+        old, fresh = gaussian_aw.split([old_ar.shape[1], width - old_ar.shape[1]], dim=1)
+        left_aw = torch.cat([old_ar.add(old, alpha=FRESH_PART), fresh], dim=1)
+    total = grad_ab.square().sum()
+    for _ in range(MOST_POWER_ITERATIONS):
+        right_bw = grad_ab.mT @ _nearly_orthonormal(left_aw)
+        left_aw = grad_ab @ _nearly_orthonormal(right_bw)
+        before, caught = right_bw.square().sum(), left_aw.square().sum()
+        if torch.minimum(caught - before, total - caught) <= SETTLED * caught:
+            break
+    wide_aw = left_aw.double()
+    energies, rotation_ww = torch.linalg.eigh(wide_aw.mT @ wide_aw)  # in fp64 a singular value of 1e-6 of the largest survives its square
+    energies, rotation_wr = energies.flip(0)[:rank], rotation_ww.flip(1)[:, :rank]
+    shown = energies > 1e-12 * energies[0]
+    energies = energies.where(shown, 0.0)
+    basis_ar = torch.where(shown, wide_aw @ rotation_wr / energies.sqrt(), gaussian_aw[:, :rank])  # any direction, where G has no more
+    return _orthonormal(basis_ar).to(grad_ab.dtype), (energies / total).to(grad_ab.dtype)
+
+
+def _nearly_orthonormal(matrix_nw: Tensor) -> Tensor:
+    """Columns of about the same span, far from parallel, none longer than 1: shifted Cholesky QR (Fukaya et al. 2020), all products.
+
+    The shift keeps the factorisation from failing; directions of less than about a millionth of the matrix come out short.
+    """
+    wide_nw = matrix_nw.double()
+    gram_ww = wide_nw.mT @ wide_nw
+    gram_ww.diagonal().add_(1e-12 * gram_ww.trace())
+    lower_ww = torch.linalg.cholesky_ex(gram_ww).L
+    return torch.linalg.solve_triangular(lower_ww.mT, wide_nw, upper=True, left=False).to(matrix_nw.dtype)
+
+
+def _orthonormal(columns_ar: Tensor) -> Tensor:
+    """The columns after Gram-Schmidt, in fp64: by Cholesky QR, or by Householder QR, ten times slower, if they are nearly dependent."""
+    columns_ar = columns_ar.double()
+    lower_rr, failed = torch.linalg.cholesky_ex(columns_ar.mT @ columns_ar)
+    if failed or lower_rr.diagonal().amin() < 1e-4:
+        return torch.linalg.qr(columns_ar).Q
+    return torch.linalg.solve_triangular(lower_rr.mT, columns_ar, upper=True, left=False)

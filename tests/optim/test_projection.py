@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ngpt.optim.projection import find_basis, lift_onto_, project, randomized_basis, short_side_first
+from ngpt.optim.projection import (
+    basis_and_energies,
+    cheap_basis,
+    find_basis,
+    lift_onto_,
+    project,
+    random_basis,
+    randomized_basis,
+    short_side_first,
+)
 from ngpt.optim.rounding import generator_for
 
 
@@ -70,12 +79,13 @@ def test_a_basis_does_not_depend_on_the_size_of_the_gradient(subspace: str, size
     torch.testing.assert_close(bases[0] @ bases[0].T, bases[1] @ bases[1].T, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("subspace", ["svd", "randomized"])
+@pytest.mark.parametrize("subspace", ["svd", "randomized", "random"])
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), float("-inf")])
 def test_no_basis_from_a_gradient_without_direction(subspace: str, value: float) -> None:
     grad = torch.zeros(6, 9)
     grad[2, 3] = value
     assert find_basis(grad, 2, subspace=subspace, previous_ar=None, generator=generator_for(grad.device, 0)) is None
+    assert cheap_basis(grad, 2) is None
 
 
 def test_a_gradient_of_lower_rank_than_the_basis_still_gives_an_orthonormal_one() -> None:
@@ -85,6 +95,98 @@ def test_a_gradient_of_lower_rank_than_the_basis_still_gives_an_orthonormal_one(
         assert basis is not None
         torch.testing.assert_close(basis.T @ basis, torch.eye(5), atol=1e-5, rtol=0)
         assert energy(basis, grad) == pytest.approx(float(grad.norm() ** 2), rel=1e-5)
+
+
+def awkward_gradients() -> dict[str, Tensor]:
+    """Gradients (24, 40) on which a factorisation that squares, divides or trusts its input goes wrong."""
+    generator = torch.Generator().manual_seed(3)
+    full = torch.randn(24, 40, generator=generator)
+    left, right = torch.linalg.qr(full).Q, torch.linalg.qr(torch.randn(40, 24, generator=generator)).Q
+    padded = full.clone()
+    padded[5:], padded[:, 20:] = 0, 0
+    one_entry = torch.zeros(24, 40)
+    one_entry[7, 3] = -2.0
+    return {
+        "rank 1": torch.outer(full[:, 0], full[0]),
+        "rank 1, all equal": torch.ones(24, 40),
+        "one entry": one_entry,
+        "zero rows and columns": padded,
+        "repeated rows": full[:3].repeat(8, 1),
+        "equal singular values": left @ right.T,
+        "singular values down to 1e-12": left * torch.logspace(0, -12, 24) @ right.T,
+        "two singular values far above the rest": left * torch.tensor([1e8, 1e8] + [1.0] * 22) @ right.T,
+        "tiny": full * 1e-38,
+        "huge": full * 1e37,
+        "one huge entry": torch.where(one_entry != 0, 1e30, full),
+        "transposed": full.T.contiguous().T,
+        "bf16": full.bfloat16(),
+        "fp64": full.double(),
+    }
+
+
+@pytest.mark.parametrize("kind", awkward_gradients())
+@pytest.mark.parametrize("rank", [1, 6, 20, 23])
+@pytest.mark.parametrize("start", ["svd", "random", "cold", "from a useless basis", "from a basis of smaller rank", "rows"])
+def test_a_basis_is_orthonormal_whatever_the_gradient(kind: str, rank: int, start: str) -> None:
+    grad = awkward_gradients()[kind]
+    generator = generator_for(grad.device, 2)
+    previous = {"from a useless basis": torch.eye(24)[:, 24 - rank :], "from a basis of smaller rank": torch.eye(24)[:, : rank // 2]}
+    if start == "rows":
+        basis = cheap_basis(grad, rank)
+    else:
+        subspace = start if start in ("svd", "random") else "randomized"
+        basis = find_basis(grad, rank, subspace=subspace, previous_ar=previous.get(start), generator=generator)
+    assert basis is not None
+    assert basis.dtype == torch.promote_types(grad.dtype, torch.float32)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(rank, dtype=basis.dtype), atol=1e-5, rtol=0)
+    if start not in ("random", "rows"):
+        exact = torch.linalg.svdvals(grad.double())[:rank].square().sum()
+        caught = (basis.double().T @ grad.double()).square().sum()
+        assert caught >= 0.98 * exact
+
+
+@pytest.mark.parametrize("subspace", ["svd", "randomized", "random"])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e20])
+def test_energies_are_the_shares_that_the_columns_catch(subspace: str, size: float) -> None:
+    grad = decaying_matrix(40, 60, 1.0)
+    found = basis_and_energies(grad * size, 12, subspace=subspace, previous_ar=None, generator=generator_for(grad.device, 0))
+    assert found is not None
+    basis, energies = found
+    expected = (basis.T @ grad).square().sum(1) / grad.square().sum()
+    torch.testing.assert_close(energies, expected, atol=2e-3, rtol=0.05)
+    assert torch.equal(energies, energies.sort(descending=True).values)
+
+
+def test_energies_end_where_the_gradient_does() -> None:
+    grad = torch.zeros(30, 50)
+    grad[4:7] = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    for subspace in ("svd", "randomized"):
+        found = basis_and_energies(grad, 9, subspace=subspace, previous_ar=None, generator=generator_for(grad.device, 0))
+        assert found is not None
+        assert float(found[1].sum()) == pytest.approx(1, abs=1e-5)
+        assert float(found[1][3:].sum()) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_larger_old_basis_is_cut_to_the_rank() -> None:
+    grad = decaying_matrix(40, 60, 1.0)
+    old = torch.linalg.svd(grad).U[:, :30]
+    assert randomized_basis(grad, 5, old, generator_for(grad.device, 0)).shape == (40, 5)
+
+
+def test_random_bases_do_not_look_at_the_gradient_and_are_spread_evenly() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bases = torch.stack([random_basis(torch.full((6, 9), torch.nan), 2, generator) for _ in range(4000)])
+    # Uniform on the Stiefel manifold: each entry has mean 0 and variance 1/a, and P P' has the mean (r/a) I.
+    torch.testing.assert_close(bases.mean(0), torch.zeros(6, 2), atol=0.03, rtol=0)
+    torch.testing.assert_close((bases @ bases.mT).mean(0), torch.eye(6) * 2 / 6, atol=0.02, rtol=0)
+
+
+def test_the_cheap_basis_takes_the_rows_of_largest_energy_the_first_of_equal_ones() -> None:
+    grad = torch.zeros(5, 8)
+    grad[3, :2], grad[1, 0], grad[4, 0], grad[0, 0] = 1.0, -1.2, 1.2, 0.1
+    basis = cheap_basis(grad * 1e-30, 3)
+    assert basis is not None
+    assert torch.equal(basis, torch.eye(5)[:, [3, 1, 4]])
 
 
 def test_equal_seeds_give_equal_bases() -> None:
