@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,8 +15,10 @@ from ngpt.config.schema import (
     CosineSchedulerConfig,
     GaLoreConfig,
     LinearSchedulerConfig,
+    LoRAConfig,
     NaturalGaLoreConfig,
     OptimizerConfig,
+    ReLoRAConfig,
     RunConfig,
     SchedulerConfig,
     WSDSchedulerConfig,
@@ -28,8 +31,10 @@ from ngpt.data.tokenizer import Tokenizer
 from ngpt.data.train_loader import TrainLoader
 from ngpt.dist.process_group import Ranks, seed_everything
 from ngpt.engine.local import LocalEngine, weight_dtype
+from ngpt.model import lora
 from ngpt.model.llama import LlamaForCausalLM, compile_blocks
 from ngpt.optim import AdamW, GaLore, NaturalGaLore, low_rank_groups, lr_schedule
+from ngpt.optim.relora import ReLoRA
 
 _ROUNDING = {"fp32": "nearest", "bf16": "stochastic", "bf16_nearest": "nearest", "bf16_master": "master"}
 
@@ -71,6 +76,8 @@ def build_model(config: RunConfig) -> LlamaForCausalLM:
     trainer = config.trainer
     seed_everything(config.seed)  # here, so that nothing that was opened before can move the initial weights
     model = LlamaForCausalLM(config.model, loss_chunk_tokens=trainer.loss_chunk_tokens, checkpoint_every=checkpointing_interval(trainer))
+    if isinstance(config.optimizer, LoRAConfig):  # after the model's own weights, which are those of any other optimizer
+        lora.add_adapters(model, rank=config.optimizer.rank, alpha=config.optimizer.lora_alpha)
     if trainer.compile:
         compile_blocks(model)
     return model
@@ -90,7 +97,7 @@ def build_engine(config: RunConfig, device: torch.device) -> LocalEngine:
 
 
 def build_optimizer(model: nn.Module, *, config: OptimizerConfig, precision: str, seed: int) -> AdamW:
-    """The optimizer that `config` asks for, over all parameters of `model`.
+    """The optimizer that `config` asks for, over all trainable parameters of `model`.
 
     Args:
         precision: `trainer.precision`; says how bf16 weights are rounded.
@@ -106,12 +113,30 @@ def build_optimizer(model: nn.Module, *, config: OptimizerConfig, precision: str
     }
     if isinstance(config, AdamWConfig):
         return AdamW(model.named_parameters(), **shared)
+    if isinstance(config, LoRAConfig):
+        return _build_lora(model, config, shared)
     assert isinstance(config, GaLoreConfig)
     groups = low_rank_groups(model, rank=config.rank, update_proj_gap=config.update_proj_gap, scale=config.scale)
     shared |= {"subspace": config.subspace, "on_refresh": config.on_refresh, "stagger": config.stagger}
     if isinstance(config, NaturalGaLoreConfig):
         return NaturalGaLore(groups, **shared, fisher=config.fisher, history=config.history, damping=config.damping)
     return GaLore(groups, **shared)
+
+
+def _build_lora(model: nn.Module, config: LoRAConfig, shared: dict[str, Any]) -> AdamW:
+    """AdamW or ReLoRA over adapters, embedding, head and norms; the adapted matrices themselves are frozen."""
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not isinstance(config, ReLoRAConfig):
+        return AdamW(trainable, **shared)
+    return ReLoRA(
+        trainable,
+        **shared,
+        adapters=[adapter for _, adapter in lora.adapters(model)],
+        scale=config.lora_alpha / config.rank,
+        merge_every=config.merge_every,
+        restart_warmup=config.restart_warmup_steps,
+        prune=config.prune,
+    )
 
 
 def build_schedule(config: SchedulerConfig, total_steps: int) -> Callable[[int], float]:

@@ -176,6 +176,26 @@ class NaturalGaLoreConfig(GaLoreConfig):
     damping: float = setting(1e-3, "lambda of lambda*I + H H'", above=0)
 
 
+@dataclass
+class LoRAConfig(OptimizerConfig):
+    """LoRA (arXiv:2106.09685) from scratch: AdamW on adapters of the frozen matrices of attention and MLP, and on all other weights."""
+
+    name: str = setting("lora", "optimizer (choose with optimizer=...)", choices=("lora",))
+    rank: int = setting(128, "rank of the adapters", at_least=1)
+    lora_alpha: float = setting(32.0, "numerator of the adapters' factor lora_alpha / rank", above=0)
+
+
+@dataclass
+class ReLoRAConfig(LoRAConfig):
+    """ReLoRA (arXiv:2307.05695): LoRA whose adapters are merged into the weights every so often and begin anew."""
+
+    name: str = setting("relora", "optimizer (choose with optimizer=...)", choices=("relora",))
+    merge_every: int = setting(1000, "updates between merges of the adapters into the weights", at_least=1)
+    restart_warmup_steps: int = setting(100, "updates after a merge over which the learning rate climbs back to the schedule's", at_least=0)
+    prune: float = setting(0.99, "share of the adapters' moments, the smallest, that becomes zero at a merge (1: all)",
+                           at_least=0, at_most=1)
+
+
 # ------------------------------------------------------------------------------------------------------------ scheduler
 @dataclass
 class SchedulerConfig:
@@ -301,7 +321,13 @@ GROUPS: dict[str, dict[str, type]] = {
         "tokenized": TokenizedDataConfig,
         "synthetic": SyntheticDataConfig,
     },
-    "optimizer": {"adamw": AdamWConfig, "galore": GaLoreConfig, "natural_galore": NaturalGaLoreConfig},
+    "optimizer": {
+        "adamw": AdamWConfig,
+        "galore": GaLoreConfig,
+        "natural_galore": NaturalGaLoreConfig,
+        "lora": LoRAConfig,
+        "relora": ReLoRAConfig,
+    },
     "scheduler": {
         "cosine": CosineSchedulerConfig,
         "linear": LinearSchedulerConfig,

@@ -17,6 +17,8 @@ from ngpt.config.problems import ConfigError, problem, shown
 from ngpt.config.schema import (
     C4DataConfig,
     GaLoreConfig,
+    LoRAConfig,
+    ReLoRAConfig,
     RunConfig,
     WSDSchedulerConfig,
     checkpointing_interval,
@@ -162,7 +164,7 @@ def _activation_checkpointing(config: RunConfig, world_size: int) -> Iterator[st
 
 @_rule("optimizer.rank", "model.hidden_size", "model.intermediate_size", "model.num_attention_heads", "model.num_key_value_heads")
 def _rank(config: RunConfig, world_size: int) -> Iterator[str]:
-    if not isinstance(config.optimizer, GaLoreConfig):
+    if not isinstance(config.optimizer, GaLoreConfig | LoRAConfig):
         return
     rank, model = config.optimizer.rank, config.model
     key_value = model.hidden_size // model.num_attention_heads * (model.num_key_value_heads or model.num_attention_heads)
@@ -170,7 +172,8 @@ def _rank(config: RunConfig, world_size: int) -> Iterator[str]:
     path, (rows, columns) = min(matrices.items(), key=lambda item: min(item[1]))
     short, name = min(rows, columns), path.rpartition(".")[2]
     if rank >= short:
-        rule = f"must be below the short side of every projected matrix; {name} of model={model.name} is {rows} x {columns}"
+        which = "adapted" if isinstance(config.optimizer, LoRAConfig) else "projected"
+        rule = f"must be below the short side of every {which} matrix; {name} of model={model.name} is {rows} x {columns}"
         fix = f"set optimizer.rank={max(1, short // 4)} (a quarter is usual, {short - 1} the largest)"
         yield problem("optimizer.rank", rank, rule, fix if short > 1 else "use optimizer=adamw")
 
@@ -203,6 +206,15 @@ def _stagger(config: RunConfig, world_size: int) -> Iterator[str]:
     if isinstance(optimizer, GaLoreConfig) and optimizer.stagger and optimizer.update_proj_gap == 1:
         rule = "has nothing to spread with update_proj_gap = 1, where every step refreshes every matrix"
         yield problem("optimizer.stagger", True, rule, "set optimizer.stagger=false or a larger optimizer.update_proj_gap")
+
+
+@_rule("optimizer.merge_every", "optimizer.restart_warmup_steps")
+def _merges(config: RunConfig, world_size: int) -> Iterator[str]:
+    optimizer = config.optimizer
+    if isinstance(optimizer, ReLoRAConfig) and optimizer.restart_warmup_steps >= optimizer.merge_every:
+        rule = f"must be below merge_every = {optimizer.merge_every}, or the learning rate never gets back to the schedule's"
+        fix = f"set optimizer.restart_warmup_steps={optimizer.merge_every // 10}"
+        yield problem("optimizer.restart_warmup_steps", optimizer.restart_warmup_steps, rule, fix)
 
 
 @_rule(

@@ -58,9 +58,9 @@ def test_an_unknown_setting_is_an_error_that_names_the_nearest(override: str):
 
 WRONG = {
     "optimizer=natural_galor": (
-        "optimizer = natural_galor: must be one of adamw, galore, natural_galore; did you mean optimizer=natural_galore?"
+        "optimizer = natural_galor: must be one of adamw, galore, lora, natural_galore, relora; did you mean optimizer=natural_galore?"
     ),
-    "optimizer=zzz": "optimizer = zzz: must be one of adamw, galore, natural_galore; see --help",
+    "optimizer=zzz": "optimizer = zzz: must be one of adamw, galore, lora, natural_galore, relora; see --help",
     "~optimizer.rank": "optimizer.rank = 128: a setting cannot be removed; give it a value",
     "+seed=3": "+seed = 3: is a setting already; write it without +",
     "seed=three": "seed = three: must be a whole number; see docs/configuration.md",
@@ -93,7 +93,8 @@ def test_all_mistakes_come_in_one_error():
 
 
 def test_a_setting_of_another_optimizer_names_those_that_have_it():
-    line = "optimizer.rank = 4: not a setting of optimizer=adamw; choose optimizer=galore or optimizer=natural_galore, or remove it"
+    choices = " or ".join(f"optimizer={name}" for name in ("galore", "natural_galore", "lora", "relora"))
+    line = f"optimizer.rank = 4: not a setting of optimizer=adamw; choose {choices}, or remove it"
     assert problems_of("optimizer=adamw", "optimizer.rank=4") == [line]
     assert problems_of("optimizer=adamw", "+optimizer.rank=4") == [line]
 
@@ -254,7 +255,7 @@ def test_the_configuration_can_be_shown_without_running(command_line, folder: Pa
 
 def test_help_lists_groups_and_settings_that_exist(command_line):
     text = "\n".join(command_line("--help"))
-    assert "optimizer     adamw, galore, natural_galore\n" in text
+    assert "optimizer     adamw, galore, lora, natural_galore, relora\n" in text
     assert "model         llama_9m, llama_20m" in text
     assert "schema_" not in text
     named = text.partition("== Settings used most ==")[2].replace(";", " ").replace(",", " ").split()
