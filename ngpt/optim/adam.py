@@ -20,14 +20,15 @@ def update_moments_(first: Tensor, second: Tensor, grad: Tensor, betas: tuple[fl
     second.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
 
 
-def galore_direction(first: Tensor, second: Tensor, eps: float) -> Tensor:
-    """N = m / (sqrt(v) + eps). GaLore puts the bias corrections in the step size, so eps is not scaled by them."""
-    return first / second.sqrt().add_(eps)
+def galore_direction(first: Tensor, second: Tensor, eps: float, *, out: Tensor) -> None:
+    """N = m / (sqrt(v) + eps) into `out`. GaLore puts the bias corrections in the step size, so eps is not scaled by them."""
+    torch.sqrt(second, out=out)
+    torch.div(first, out.add_(eps), out=out)
 
 
-def galore_step_size(lr: float, betas: tuple[float, float], t: int) -> float:
-    """lr sqrt(1 - b2^t) / (1 - b1^t): the factor on N in GaLore's code."""
-    return lr * math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)
+def galore_step_factor(betas: tuple[float, float], t: int) -> float:
+    """sqrt(1 - b2^t) / (1 - b1^t): the factor on lr N in GaLore's code."""
+    return math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)
 
 
 def adamw_(

@@ -13,10 +13,10 @@ from ngpt.optim import adam
 from ngpt.optim.hyper_parameters import SCHEDULER_KEYS, check_hyper_parameters
 from ngpt.optim.rounding import generator_for, stochastic_round_
 from ngpt.optim.state import check_state_fits, copy_state_
+from ngpt.optim.storage import Stored, allocate, compute_dtype, piece_elements, rows_per_piece
 
-BASIS_STREAM, ROUNDING_STREAM = 0, 1  # first counter of the random numbers of a parameter: what they are for
-PIECE_ELEMENTS = {"cpu": 1 << 18}  # weights updated at one time: temporaries stay in a core's cache,
-PIECE_ELEMENTS_ELSEWHERE = 1 << 24  # or, on accelerators, small beside the weights without costing kernel launches
+BASIS_STREAM, ROUNDING_STREAM, MOMENT_STREAM, ROTATION_STREAM = range(4)  # what the random numbers of a parameter are for
+COUNTERS = frozenset({"step", "refreshes", "cleared_at", "rank"})  # int64 on the CPU; they move on in a skipped update too
 
 
 @dataclass(frozen=True)
@@ -28,25 +28,21 @@ class Slot:
     name: str
 
 
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype of moments and reduced gradients: fp32, or fp64 for fp64 parameters."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
 class AdamW(torch.optim.Optimizer):
-    """AdamW (arXiv:1711.05101): on fp32 parameters the same numbers as `torch.optim.AdamW`; moments are fp32 whatever the parameter.
+    """AdamW (arXiv:1711.05101): on fp32 parameters the same numbers as `torch.optim.AdamW`.
 
     `params` are parameters, (name, parameter) pairs or groups of either. `rounding` says how new bf16 weights are stored: "stochastic"
     (seeded by `seed`, the parameter's number and its update number, so nothing needs saving), "nearest", or "master" (an fp32 copy in
     the state, taken from the weight when the group is added). It has no effect on fp32 weights; fp16 knows "nearest" and "master", and
-    takes "stochastic" as "nearest".
+    takes "stochastic" as "nearest". `state_dtype` says how moments are kept: "fp32", "bf16" (half the state) or "8bit" (a quarter), the
+    second moment rounded stochastically, so that changes smaller than a unit are kept on average.
 
     The update of one parameter has two phases: `reduce_gradient` turns a full gradient into what is kept of it, `apply_gradient`
     updates the state and the weight. `step` is both for each parameter; per-layer updates and sharding call them apart.
 
-    State per parameter: `step` (int64, on the CPU, so that reading it waits for nothing), `exp_avg`, `exp_avg_sq` and, if asked for,
-    `master`: plain tensors, allocated when the group is added. Raises ValueError naming group, key, value and rule for what is not
-    accepted.
+    State per parameter: `step` (int64, on the CPU, so that reading it waits for nothing), `exp_avg`, `exp_avg_sq` (with 8 bits also
+    their `_scale`) and, if asked for, `master`: plain tensors, allocated when the group is added. Raises ValueError naming group, key,
+    value and rule for what is not accepted.
     """
 
     def __init__(
@@ -57,10 +53,11 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
+        state_dtype: str = "fp32",
         rounding: str = "stochastic",
         seed: int = 0,
     ) -> None:
-        self._set_up(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rounding": rounding, "seed": seed})
+        self._set_up(params, {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")})
 
     def _set_up(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         self._slots: dict[Tensor, Slot] = {}
@@ -83,6 +80,7 @@ class AdamW(torch.optim.Optimizer):
         own_keys = {"params", "param_names", "name"} | SCHEDULER_KEYS
         settings = {key: value for key, value in param_group.items() if key not in own_keys}
         check_hyper_parameters(settings, self.accepted_keys(), where)
+        param_group = self._complete_group(param_group, where)
         params = param_group.get("params", [])
         params = [params] if isinstance(params, Tensor) else list(params)
         if not params:
@@ -99,6 +97,10 @@ class AdamW(torch.optim.Optimizer):
         self._slots = {}
         for p in tensors:
             self.state[p] = self._allocate(p, self.slot(p).group)
+
+    def _complete_group(self, param_group: dict[str, Any], where: str) -> dict[str, Any]:
+        """The group with what follows from its other settings filled in. Raises ValueError if they do not go together."""
+        return param_group
 
     def _check_parameter(self, p: Tensor, settings: dict[str, Any], label: str) -> None:
         """Raises ValueError if a parameter cannot be in a group with these settings."""
@@ -118,11 +120,9 @@ class AdamW(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------------------------------------------------- state
     def _allocate(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        state = {
-            "step": torch.zeros((), dtype=torch.int64),
-            "exp_avg": torch.zeros_like(p, dtype=compute_dtype(p)),
-            "exp_avg_sq": torch.zeros_like(p, dtype=compute_dtype(p)),
-        }
+        state = {"step": torch.zeros((), dtype=torch.int64)}
+        for key in ("exp_avg", "exp_avg_sq"):
+            state |= allocate(key, p.shape, group["state_dtype"], p)
         return state | self._allocate_master(p, group)
 
     def _allocate_master(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
@@ -176,7 +176,7 @@ class AdamW(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if self._is_plain(group) and p.dtype == compute_dtype(p) and p.numel() <= _piece_elements(p):
+                if self._is_plain(group) and self._state_is_exact(p, group) and p.numel() <= piece_elements(p):
                     small.append(p)
                 else:
                     self.apply_gradient(p, self.reduce_gradient(p, p.grad))
@@ -203,7 +203,7 @@ class AdamW(torch.optim.Optimizer):
         With `guard`, weight and state keep their bits if the reduced gradient is not finite, decided on the device without waiting for
         it; only the counters on the CPU move on. Returns whether it was finite (a bool tensor on the device), or None without `guard`.
         """
-        self._begin_update(p)
+        self._begin_update(p, reduced)
         if not guard:
             self._update(p, reduced)
             return None
@@ -219,7 +219,11 @@ class AdamW(torch.optim.Optimizer):
         """Whether the group's parameters are updated by AdamW as they are."""
         return True
 
-    def _begin_update(self, p: Tensor) -> None:
+    def _state_is_exact(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """Whether weight and moments are kept in the dtype of the arithmetic."""
+        return p.dtype == compute_dtype(p) and group["state_dtype"] == "fp32"
+
+    def _begin_update(self, p: Tensor, reduced: Tensor) -> None:
         """Make final what `reduce_gradient` prepared."""
 
     def _update(self, p: Tensor, reduced: Tensor) -> None:
@@ -227,7 +231,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _written_by_update(self, p: Tensor) -> list[Tensor]:
         """The tensors (or views of the parts) on the device that `_update` is about to change."""
-        return [p, *(tensor for key, tensor in self.state[p].items() if key in ("exp_avg", "exp_avg_sq", "master"))]
+        return [p, *(tensor for key, tensor in self.state[p].items() if key not in COUNTERS)]
 
     def _update_together(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
         """AdamW on small weights that have the dtype of their moments, all at once: on an accelerator, few kernels."""
@@ -244,16 +248,20 @@ class AdamW(torch.optim.Optimizer):
         )
 
     def _update_in_pieces(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        """AdamW on one weight, some rows at a time, so that temporaries (and fp32 copies of a bf16 weight) stay small."""
+        """AdamW on one weight, some rows at a time, so that temporaries (and wider copies of weight and moments) stay small."""
         state = self.state[p]
         state["step"] += 1
-        tensors = [torch.atleast_1d(t) for t in (p, grad, state["exp_avg"], state["exp_avg_sq"], state.get("master", p))]
-        rows = max(1, _piece_elements(p) // max(1, tensors[0][:1].numel()))
-        generator = self._rounding_generator(p)
-        for stored, grad_piece, first, second, master in zip(*(t.split(rows) for t in tensors), strict=True):
-            weight = master if "master" in state else stored.to(first.dtype)
-            adam.adamw_([weight], [grad_piece.to(first.dtype)], [first], [second], [int(state["step"])], **_adamw_settings(group))
-            store_weight_(stored, weight, generator)
+        stored, grad, working = (torch.atleast_1d(tensor) for tensor in (p.detach(), grad, state.get("master", p.detach())))
+        rows = rows_per_piece(stored, state)
+        pieces = [tensor.split(rows) for tensor in (stored, grad, working)]
+        moments = [Stored.of(state, key, stored.shape).split(rows) for key in ("exp_avg", "exp_avg_sq")]
+        rounding, moment_rounding = self._rounding_generator(p), self._moment_generator(p, MOMENT_STREAM)
+        for target, grad_piece, weight, first, second in zip(*pieces, *moments, strict=True):
+            m, v, weight = first.read(), second.read(), weight.to(compute_dtype(p))
+            adam.adamw_([weight], [grad_piece.to(m.dtype)], [m], [v], [int(state["step"])], **_adamw_settings(group))
+            first.write_(m, None)
+            second.write_(v, moment_rounding)
+            store_weight_(target, weight, rounding)
 
     # ----------------------------------------------------------------------------------------------------------- weights
     def _working_weight(self, p: Tensor) -> Tensor:
@@ -262,6 +270,13 @@ class AdamW(torch.optim.Optimizer):
             return p
         master = self.state[p].get("master")
         return p.to(torch.float32) if master is None else master
+
+    def _moment_generator(self, p: Tensor, stream: int) -> torch.Generator | None:
+        """Source of the random bits with which this update rounds moments, or None where they are not rounded."""
+        slot = self.slot(p)
+        if slot.group["state_dtype"] == "fp32":
+            return None
+        return generator_for(p.device, slot.group["seed"], stream, slot.index, int(self.state[p]["step"]))
 
     def _rounding_generator(self, p: Tensor) -> torch.Generator | None:
         """Source of the random bits of this update's rounding, or None where new weights are rounded to nearest (or not at all)."""
@@ -273,16 +288,12 @@ class AdamW(torch.optim.Optimizer):
 
 def store_weight_(stored: Tensor, weight: Tensor, generator: torch.Generator | None) -> None:
     """Round an updated working weight into the parameter: stochastically if there is a generator."""
-    if stored is weight:
+    if stored.dtype == weight.dtype:  # then it is the working weight
         return
     if generator is None:
         stored.copy_(weight)
     else:
         stochastic_round_(stored, weight, generator)
-
-
-def _piece_elements(p: Tensor) -> int:
-    return PIECE_ELEMENTS.get(p.device.type, PIECE_ELEMENTS_ELSEWHERE)
 
 
 def _adamw_settings(group: dict[str, Any]) -> dict[str, Any]:

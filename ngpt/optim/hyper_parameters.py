@@ -8,10 +8,15 @@ from typing import Any
 
 import torch
 
-SUBSPACES = ("svd", "randomized")
+from ngpt.optim.complement import COMPLEMENTS
+from ngpt.optim.moments import MOMENTS
+from ngpt.optim.storage import STATE_DTYPES
+
+SUBSPACES = ("svd", "randomized", "random")
 ON_REFRESH = ("rotate", "keep", "reset")
-FISHERS = ("history", "none")
+FISHERS = ("history", "two_sided", "factored", "diagonal", "none")
 ROUNDINGS = ("stochastic", "nearest", "master")
+PROJ_TYPES = ("std", "full")
 
 
 def _number(value: Any) -> bool:
@@ -36,19 +41,30 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "eps": (lambda v: _number(v) and v >= 0, "a finite number >= 0"),
     "weight_decay": (lambda v: _number(v) and v >= 0, "a finite number >= 0"),
+    "state_dtype": _one_of(STATE_DTYPES),
     "rounding": _one_of(ROUNDINGS),
     "seed": (lambda v: _integer(v) and v >= 0, "an integer >= 0"),
     "rank": (lambda v: v == "full" or (_integer(v) and v >= 1), 'an integer >= 1, or "full" for no projection'),
     "update_proj_gap": (lambda v: _integer(v) and v >= 1, "an integer >= 1 (updates between refreshes of the basis)"),
     "scale": (lambda v: _number(v) and v > 0, "a finite number > 0"),
-    "proj_type": (lambda v: v == "std", '"std" (the shorter side is projected)'),
+    "proj_type": (lambda v: v in PROJ_TYPES, '"std" (the shorter side is projected) or "full" (both are)'),
     "subspace": _one_of(SUBSPACES),
     "on_refresh": _one_of(ON_REFRESH),
     "stagger": (lambda v: isinstance(v, bool), "True or False"),
     "fisher": _one_of(FISHERS),
     "history": (lambda v: _integer(v) and v >= 1, "an integer >= 1 (projected gradients kept per matrix)"),
     "damping": (lambda v: _number(v) and v > 0, "a finite number > 0"),
+    "moments": (lambda v: v is None or v in MOMENTS, f"one of {', '.join(MOMENTS)}, or None for what goes with the Fisher"),
+    "complement": (lambda v: v is None or v in COMPLEMENTS, f"one of {', '.join(COMPLEMENTS)}, or None for what goes with the Fisher"),
+    "min_rank": (lambda v: v is None or (_integer(v) and v >= 1), "an integer >= 1 (smallest rank), or None for a fixed rank"),
+    "energy": (lambda v: _number(v) and 0 < v <= 1, "a number in (0, 1] (share of the squared gradient that the rank keeps)"),
+    "converged_below": (
+        lambda v: _number(v) and 0 <= v < 1,
+        "a number in [0, 1) (refresh when the projected gradient is below this share of its norm at the last refresh; 0: never)",
+    ),
 }
+COMMON_KEYS = frozenset({"lr", "betas", "eps", "weight_decay", "state_dtype", "rounding", "seed"})
+PROJECTION_KEYS = frozenset(RULES) - COMMON_KEYS - {"rank"}
 SCHEDULER_KEYS = frozenset({"initial_lr", "max_lr", "min_lr"})  # torch's LR schedulers keep these in the groups
 
 
@@ -73,3 +89,35 @@ def check_matrix(parameter: torch.Tensor, rank: int | str, where: str) -> None:
             f"{where} has shape {shape}: rank = {rank} must be below its shorter side {min(shape)}; "
             'take a smaller rank, put it in a group without `rank`, or say rank="full" for no projection'
         )
+
+
+def complete_parts(group: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A projected group with the parts that its Fisher asks for.
+
+    Raises ValueError naming `where`, key, value and rule if the parts do not go together.
+    """
+    settings = {**defaults, **group}
+    rank, fisher = settings["rank"], settings["fisher"]
+    projects = rank != "full"
+    if fisher == "two_sided":
+        settings["proj_type"] = "full"
+    if settings["moments"] is None:
+        settings["moments"] = "momentum" if fisher == "diagonal" else "adam"
+    if settings["complement"] is None:
+        settings["complement"] = "raw" if fisher == "diagonal" and projects else "none"
+    moments, complement, two_sided = settings["moments"], settings["complement"], settings["proj_type"] == "full"
+    rules = (
+        (not two_sided or fisher in ("history", "two_sided", "none"), "proj_type", 'fisher "history", "two_sided" or "none"'),
+        (not two_sided or projects, "proj_type", "a rank below both sides"),
+        (not two_sided or complement == "none", "proj_type", 'complement="none"'),
+        (fisher != "diagonal" or moments == "momentum", "fisher", 'moments="momentum": it takes the place of the second moment'),
+        (fisher != "diagonal" or complement != "fira", "fisher", 'complement "raw" or "none"'),
+        (complement != "raw" or fisher == "diagonal", "complement", 'fisher="diagonal", which scales it'),
+        (complement == "none" or projects, "complement", "a rank below both sides: without a projection nothing is dropped"),
+        (settings["min_rank"] is None or projects, "min_rank", "a number as rank, the largest one"),
+        (settings["min_rank"] is None or not projects or settings["min_rank"] <= rank, "min_rank", f"rank >= min_rank, but rank = {rank}"),
+    )
+    for holds, key, rule in rules:
+        if not holds:
+            raise ValueError(f"{where}: {key} = {settings[key]!r} needs {rule}")
+    return {**group, **{key: settings[key] for key in ("proj_type", "moments", "complement")}}

@@ -23,8 +23,6 @@ def rotate_moments(change_rr: Tensor, first_rb: Tensor, second_rb: Tensor, betas
     each new coordinate if the old ones were uncorrelated, plus the square of its mean. Changing the sign of basis vectors changes
     nothing.
     """
-    if t == 0:
-        return first_rb, second_rb
     correction1, correction2 = 1 - betas[0] ** t, 1 - betas[1] ** t
     mean_rb = first_rb / correction1
     rotated_mean_rb = change_rr @ mean_rb
@@ -33,8 +31,9 @@ def rotate_moments(change_rr: Tensor, first_rb: Tensor, second_rb: Tensor, betas
     return rotated_mean_rb.mul_(correction1), second
 
 
-def rotate_history_(change_rr: Tensor, history_sk: Tensor) -> None:
-    """h <- C h for each remembered projected gradient, in place, one row at a time (a row is small, the history is not)."""
+def rotate_history_(change_rr: Tensor, history_sk: Tensor, long_change_rr: Tensor | None = None) -> None:
+    """h <- C h (or C h C_long' if both sides are projected) for each remembered gradient, in place, one at a time."""
     for row_k in history_sk:
         row_rb = row_k.view(change_rr.shape[1], -1)
-        row_rb.copy_(change_rr @ row_rb.to(change_rr.dtype))
+        rotated_rb = change_rr @ row_rb.to(change_rr.dtype)
+        row_rb.copy_(rotated_rb if long_change_rr is None else rotated_rb @ long_change_rr.mT)

@@ -9,16 +9,25 @@ from torch import Tensor
 
 KIND = {
     "basis": "basis",
+    "basis_long": "basis",
     "exp_avg": "moments",
+    "exp_avg_scale": "moments",
     "exp_avg_sq": "moments",
+    "exp_avg_sq_scale": "moments",
+    "exp_avg_sq_row": "moments",
+    "exp_avg_sq_col": "moments",
     "history": "fisher",
     "gram": "fisher",
+    "fisher_factor": "fisher",
+    "fisher_root": "fisher",
+    "short_mean_sq": "fisher",
+    "long_mean_sq": "fisher",
     "master": "master",
-}  # every other tensor of the state is a counter: "other"
+}  # every other tensor of the state is a counter or a norm: "other"
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Bytes of state by kind: basis, moments, fisher, master, other (counters) and total. Exact: every tensor is counted once."""
+    """Bytes of state by kind: basis, moments, fisher, master, other (counters and norms) and total. Exact: every tensor is counted once."""
     sizes: dict[str, int] = dict.fromkeys(("basis", "moments", "fisher", "master", "other"), 0)
     for state in optimizer.state.values():
         for key, value in state.items():

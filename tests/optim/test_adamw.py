@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ngpt.optim import AdamW, GaLore, NaturalGaLore, adamw, low_rank_groups
+from ngpt.optim import AdamW, GaLore, NaturalGaLore, low_rank_groups, storage
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -127,6 +127,6 @@ def test_updating_a_weight_in_pieces_changes_nothing(
 ) -> None:
     whole, pieces = make_network(dtype), make_network(dtype)
     train(whole, AdamW(whole.parameters(), lr=0.01, rounding=rounding), range(5))
-    monkeypatch.setattr(adamw, "PIECE_ELEMENTS", {"cpu": 40})
+    monkeypatch.setattr(storage, "PIECE_ELEMENTS", {"cpu": 40})
     train(pieces, AdamW(pieces.parameters(), lr=0.01, rounding=rounding), range(5))
     assert identical(whole, pieces)

@@ -108,7 +108,7 @@ def matrix(*shape: int) -> nn.Parameter:
         ("subspace", "qr", "one of svd, randomized"),
         ("on_refresh", "forget", "one of rotate, keep, reset"),
         ("stagger", "yes", "True or False"),
-        ("fisher", "exact", "one of history, none"),
+        ("fisher", "exact", "one of history, two_sided, factored, diagonal, none"),
         ("history", 0, "an integer >= 1"),
         ("damping", -1e-3, "a finite number > 0"),
         ("damping", 0.0, "a finite number > 0"),

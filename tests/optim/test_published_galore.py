@@ -8,27 +8,35 @@ import numpy as np
 import pytest
 import torch
 
-from ngpt.optim import GaLore
+from ngpt.optim import GaLore, NaturalGaLore
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
-CASES = ("tall", "tall_decay", "wide", "wide_decay", "square", "square_decay")
+SHAPES = ("tall", "wide", "square")
+METHODS = {"galore": GaLore, "galore_two_sided": GaLore, "natural_two_sided": NaturalGaLore}
+CASES = [
+    *(f"galore_{shape}{decay}" for shape in SHAPES for decay in ("", "_decay")),
+    *(f"galore_two_sided_{shape}" for shape in SHAPES),
+    *(f"natural_two_sided_{shape}{length}" for shape in SHAPES for length in ("", "_short")),
+]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_published_optimizer(case: str) -> None:
-    file = GOLDEN / f"galore_{case}.npz"
+    file = GOLDEN / f"{case}.npz"
     if not file.exists():
         pytest.skip(f"no recorded run of the published optimizer at {file}")
     record = np.load(file)
+    method = str(record["method"])
+    options = {"fisher": "two_sided", "history": int(record["history"]), "damping": 1e-3}
     weight = torch.nn.Parameter(torch.tensor(record["initial"]))
     group = {
         "params": [weight],
         "rank": int(record["rank"]),
         "update_proj_gap": int(record["update_proj_gap"]),
         "scale": float(record["scale"]),
-        "proj_type": "std",
+        "proj_type": "std" if method == "galore" else "full",
     }
-    optimizer = GaLore(
+    optimizer = METHODS[method](
         [group],
         lr=float(record["lr"]),
         betas=tuple(record["betas"].tolist()),
@@ -36,6 +44,8 @@ def test_equals_the_published_optimizer(case: str) -> None:
         weight_decay=float(record["weight_decay"]),
         on_refresh="keep",
         subspace="svd",
+        stagger=False,
+        **(options if method == "natural_two_sided" else {}),
     )
     for gradient, expected in zip(record["gradients"], record["weights"], strict=True):
         weight.grad = torch.tensor(gradient)

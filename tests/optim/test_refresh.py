@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ngpt.optim import GaLore, NaturalGaLore, galore
+from ngpt.optim import GaLore, NaturalGaLore, low_rank
+from ngpt.optim.low_rank import FIRST_TURNS
 from ngpt.optim.rotation import change_of_basis, rotate_history_, rotate_moments
 
 GAP = 4
@@ -46,14 +47,30 @@ def test_staggered_refreshes_are_spread_over_the_gap(matrices: int, gap: int) ->
     weights = [nn.Parameter(torch.zeros(2, 3)) for _ in range(matrices)]
     optimizer = NaturalGaLore([{"params": weights, "rank": 1, "update_proj_gap": gap}], fisher="none")
     per_update = []
-    for weight in weights:
-        optimizer.state[weight]["refreshes"] += 1  # all have their first basis
-    for step in range(1, gap + 1):
+    for step in range(FIRST_TURNS, FIRST_TURNS + gap):
         for weight in weights:
             optimizer.state[weight]["step"].fill_(step)
-        per_update.append(sum(optimizer._refresh_is_due(weight, True) for weight in weights))
+        per_update.append(sum(optimizer._refresh_is_due(weight) for weight in weights))
     assert sum(per_update) == matrices
     assert max(per_update) <= -(-matrices // gap) + 1
+
+
+@pytest.mark.parametrize("gap", [3, 7, 200])
+def test_the_first_search_comes_within_twenty_updates_or_a_gap_and_until_then_axes_serve(gap: int) -> None:
+    weights = [nn.Parameter(torch.zeros(6, 10)) for _ in range(30)]
+    optimizer = NaturalGaLore([{"params": weights, "rank": 2, "update_proj_gap": gap}], fisher="none")
+    searched: list[list[bool]] = []
+    for grad in gradients(min(gap, FIRST_TURNS), dtype=torch.float32):
+        for weight in weights:
+            weight.grad = grad.clone()
+        optimizer.step()
+        for weight in weights:
+            basis = optimizer.state[weight]["basis"]
+            torch.testing.assert_close(basis.T @ basis, torch.eye(2))
+        searched.append([bool((optimizer.state[weight]["basis"].count_nonzero(dim=0) > 1).all()) for weight in weights])
+    per_update = [sum(now) - sum(before) for before, now in zip([[False] * 30, *searched], searched, strict=False)]
+    assert all(searched[-1])
+    assert max(per_update) <= -(-30 // min(gap, FIRST_TURNS)) + 1
 
 
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
@@ -129,12 +146,6 @@ def test_the_second_moment_follows_the_formula_of_ldadam_and_never_turns_negativ
     assert (rotated >= 0).all()
 
 
-def test_moments_that_have_seen_nothing_stay_zero() -> None:
-    first, second = rotate_moments(torch.randn(2, 2), torch.zeros(2, 3), torch.zeros(2, 3), (0.9, 0.99), 0)
-    assert not first.any()
-    assert not second.any()
-
-
 def test_every_remembered_gradient_is_rotated() -> None:
     history, change = torch.randn(4, 3 * 5), torch.randn(3, 3)
     expected = torch.stack([(change @ row.view(3, 5)).reshape(-1) for row in history])
@@ -143,31 +154,46 @@ def test_every_remembered_gradient_is_rotated() -> None:
 
 
 # --------------------------------------------------------------------------------------------------- what a refresh does
+PARTS = {
+    "no Fisher": {"fisher": "none"},
+    "history": {"fisher": "history", "history": 5},
+    "two-sided": {"fisher": "two_sided", "history": 5},
+    "two-sided GaLore": {"fisher": "none", "proj_type": "full"},
+    "factored": {"fisher": "factored"},
+    "diagonal": {"fisher": "diagonal"},
+    "diagonal without complement": {"fisher": "diagonal", "complement": "none"},
+    "factored second moment": {"fisher": "none", "moments": "adafactor"},
+    "momentum": {"fisher": "none", "moments": "momentum"},
+    "complement": {"fisher": "none", "complement": "fira"},
+    "factored, complement": {"fisher": "factored", "complement": "fira"},
+}
+
+
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6), (7, 7)])
-@pytest.mark.parametrize("fisher", ["none", "history"])
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
 @pytest.mark.parametrize("subspace", ["svd", "randomized"])
 @pytest.mark.parametrize(("on_refresh", "independent"), [("rotate", True), ("reset", True), ("keep", False)])
 def test_signs_of_singular_vectors_change_nothing_under_rotate(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], fisher: str, subspace: str, on_refresh: str, independent: bool
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], parts: dict, subspace: str, on_refresh: str, independent: bool
 ) -> None:
     def run(flip: bool) -> Tensor:
         counter = iter(range(1000))
 
-        def find(*args: object, **kwargs: object) -> Tensor | None:
-            basis = original(*args, **kwargs)
+        def find(*args: object, **kwargs: object) -> tuple[Tensor, Tensor] | None:
+            basis, energies = original(*args, **kwargs)
             signs = torch.randint(0, 2, (3,), generator=torch.Generator().manual_seed(next(counter))) * 2 - 1
-            return basis * signs if flip else basis
+            return (basis * signs if flip else basis), energies
 
-        monkeypatch.setattr(galore, "find_basis", find)
+        monkeypatch.setattr(low_rank, "basis_and_energies", find)
         weight = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
         group = {"params": [weight], "rank": 3, "update_proj_gap": GAP}
-        optimizer = NaturalGaLore([group], fisher=fisher, history=5, subspace=subspace, on_refresh=on_refresh, lr=0.1)
+        optimizer = NaturalGaLore([group], subspace=subspace, on_refresh=on_refresh, lr=0.1, **parts)
         for grad in gradients(12, shape):
             weight.grad = grad
             optimizer.step()
         return weight.detach()
 
-    original = galore.find_basis
+    original = low_rank.basis_and_energies
     difference = (run(flip=False) - run(flip=True)).abs().max()
     assert (difference < 1e-6) == independent
 
@@ -180,8 +206,8 @@ def one_refresh(on_refresh: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         weight.grad = grad
         optimizer.step()
     before = copy.deepcopy(optimizer.state[weight])
-    optimizer.reduce_gradient(weight, next(gradients(1)).flip(0))
-    optimizer._begin_update(weight)
+    grad = next(gradients(1)).flip(0)
+    optimizer._begin_update(weight, optimizer.reduce_gradient(weight, grad))
     return before, optimizer.state[weight]
 
 

@@ -260,11 +260,11 @@ def test_state_bytes_follow_the_formulas_of_the_page(dtype: torch.dtype) -> None
 def test_a_group_added_later_gets_state_and_moves_no_refresh_of_the_others(make_network) -> None:
     network = make_network()
     optimizer = METHODS["natural galore"](network)
-    due = [optimizer._refresh_is_due(p, True) for p in optimizer.param_groups[1]["params"]]
+    due = [optimizer._refresh_is_due(p) for p in optimizer.param_groups[1]["params"]]
     extra = nn.Parameter(torch.randn(9, 30))
     optimizer.add_param_group({"params": [("extra", extra)], "rank": 2})
     assert optimizer.state[extra]["history"].shape == (4, 60)
-    assert [optimizer._refresh_is_due(p, True) for p in optimizer.param_groups[1]["params"]] == due
+    assert [optimizer._refresh_is_due(p) for p in optimizer.param_groups[1]["params"]] == due
     extra.grad = torch.randn(9, 30)
     optimizer.step()
     assert optimizer.state[extra]["refreshes"] == 1

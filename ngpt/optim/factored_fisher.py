@@ -1,0 +1,79 @@
+"""The factored Fisher: second moments of the projected gradient between its r rows, applied as a damped inverse square root.
+
+A <- b2 A + (1 - b2) R R'/b and R~ = (A^ + lambda tr(A^)/r I)^(-1/2) R, with A^ the bias-corrected A: one Kronecker factor of the
+empirical Fisher of R (K-FAC, arXiv:1503.05671; Shampoo, arXiv:1802.09568), at r^2 numbers for the s r b of a history. The power -1/2
+makes the rows of R~ uncorrelated with mean square 1 where -1 would blow up the directions that hold only noise; Adam follows and would
+undo any scale.
+
+The root is found seldom (an eigendecomposition) and kept. Both matrices are symmetric and kept as their upper triangles: A in fp32, the
+root in the parameter's dtype. Letters: r rank, b long side.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ngpt.optim.storage import compute_dtype
+
+ROOT_INTERVAL = 20  # updates between two roots of a matrix; Shampoo's practice is 10 to 100
+
+State = dict[str, Tensor]
+
+
+def allocate_factor(rank: int, like: Tensor) -> State:
+    """Zero state for projected gradients of this rank of the parameter `like`."""
+    size = rank * (rank + 1) // 2
+    return {
+        "fisher_factor": torch.zeros(size, dtype=compute_dtype(like), device=like.device),
+        "fisher_root": torch.zeros(size, dtype=like.dtype, device=like.device),
+    }
+
+
+def remember_(state: State, covariance_rr: Tensor, beta2: float) -> None:
+    """A <- b2 A + (1 - b2) C for the covariance C = R R'/b of a projected gradient."""
+    state["fisher_factor"].lerp_(_packed(covariance_rr), 1 - beta2)
+
+
+def find_root_(state: State, rank: int, beta2: float, t: int, damping: float) -> None:
+    """Compute (A^ + lambda tr(A^)/r I)^(-1/2) after t updates of A and keep it. The identity where A is zero."""
+    factor_rr = _unpacked(state["fisher_factor"], rank) / (1 - beta2**t)
+    eigenvalues_r, vectors_rr = torch.linalg.eigh(factor_rr)
+    mean = eigenvalues_r.clamp(min=0).mean()
+    floor = torch.finfo(factor_rr.dtype).tiny
+    powers_r = (eigenvalues_r.clamp(min=0) + damping * mean).clamp(min=floor).rsqrt()
+    root_rr = (vectors_rr * torch.where(mean > floor, powers_r, torch.ones_like(powers_r))) @ vectors_rr.mT
+    state["fisher_root"].copy_(_packed(root_rr))
+
+
+def start_root_(state: State, rank: int, t: int, beta2: float) -> None:
+    """Until the first root is due: 1 / sqrt(tr(A^)/r), what it would be if all directions were alike. Costs nothing."""
+    diagonal_r = _unpacked(state["fisher_factor"], rank).diagonal() / (1 - beta2**t)
+    mean = diagonal_r.mean()
+    scale = torch.where(mean > torch.finfo(mean.dtype).tiny, mean, torch.ones_like(mean)).rsqrt()
+    state["fisher_root"].copy_(_packed(scale * torch.eye(rank, dtype=mean.dtype, device=mean.device)))
+
+
+def apply_root(state: State, low_rb: Tensor) -> Tensor:
+    """R~, shape (r, b)."""
+    return _unpacked(state["fisher_root"], low_rb.shape[0]).to(low_rb.dtype) @ low_rb
+
+
+def rotate_factor_(state: State, change_rr: Tensor) -> None:
+    """A <- C A C'; the root has to be found again."""
+    factor_rr = _unpacked(state["fisher_factor"], change_rr.shape[1])
+    state["fisher_factor"].copy_(_packed(change_rr @ factor_rr @ change_rr.mT))
+
+
+def _packed(symmetric_rr: Tensor) -> Tensor:
+    rank = symmetric_rr.shape[0]
+    rows, columns = torch.triu_indices(rank, rank, device=symmetric_rr.device)
+    return symmetric_rr[rows, columns]
+
+
+def _unpacked(triangle: Tensor, rank: int) -> Tensor:
+    rows, columns = torch.triu_indices(rank, rank, device=triangle.device)
+    symmetric_rr = triangle.new_empty(rank, rank)
+    symmetric_rr[rows, columns] = triangle
+    symmetric_rr[columns, rows] = triangle
+    return symmetric_rr

@@ -1,0 +1,123 @@
+"""The moments of a projected gradient and the direction they give: Adam, Adam with a factored second moment, or momentum.
+
+GaLore's claim (arXiv:2403.03507) is that its projection goes with any of them. All work on a low-rank gradient of shape (r, b), r rank
+and b long side. `t` is the number of updates that the moments have seen since they were last zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ngpt.optim import adam, rotation
+from ngpt.optim.storage import Stored, allocate, compute_dtype, rows_per_piece
+
+MOMENTS = ("adam", "adafactor", "momentum")
+MOMENT_KEYS = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale", "exp_avg_sq_row", "exp_avg_sq_col")
+
+State = dict[str, Tensor]
+
+
+def allocate_moments(kind: str, shape: torch.Size, state_dtype: str, like: Tensor) -> State:
+    """Zero state for a low-rank gradient of this shape of the parameter `like`."""
+    state = allocate("exp_avg", shape, state_dtype, like)
+    if kind == "adam":
+        state |= allocate("exp_avg_sq", shape, state_dtype, like)
+    if kind == "adafactor":
+        state["exp_avg_sq_row"] = torch.zeros(shape[0], dtype=compute_dtype(like), device=like.device)
+        state["exp_avg_sq_col"] = torch.zeros(shape[1], dtype=compute_dtype(like), device=like.device)
+    return state
+
+
+def clear_moments_(state: State) -> None:
+    """Set the moments to zero."""
+    for key in MOMENT_KEYS:
+        if key in state:
+            state[key].zero_()
+
+
+def step_factor(kind: str, betas: tuple[float, float], t: int) -> float:
+    """The factor on lr N that corrects the bias of the moments."""
+    return 1 / (1 - betas[0] ** t) if kind == "momentum" else adam.galore_step_factor(betas, t)
+
+
+def direction(kind: str, state: State, low_rb: Tensor, betas: tuple[float, float], eps: float, generator: torch.Generator | None) -> Tensor:
+    """Update the moments with R and return N, shape (r, b).
+
+    `adam`: N = m / (sqrt(v) + eps). `momentum`: N = m. `adafactor`: Adam with v_ij = p_i q_j / mean(p), p and q the EMAs of the row and
+    column means of R o R (Adafactor, arXiv:1804.04235, section 3, without its clipping and its own rate).
+    """
+    if kind == "adafactor":
+        row_r, col_b = state["exp_avg_sq_row"][: low_rb.shape[0]], state["exp_avg_sq_col"]
+        squares = low_rb.square()
+        row_r.lerp_(squares.mean(1), 1 - betas[1])
+        col_b.lerp_(squares.mean(0), 1 - betas[1])
+        row_scale_r1 = (row_r / row_r.mean().clamp(min=torch.finfo(row_r.dtype).tiny))[:, None]
+    rows = rows_per_piece(low_rb, state)
+    result = torch.empty_like(low_rb)
+    firsts = Stored.of(state, "exp_avg", low_rb.shape).split(rows)
+    seconds = Stored.of(state, "exp_avg_sq", low_rb.shape).split(rows) if kind == "adam" else firsts
+    for number, (grad, out, first, second) in enumerate(zip(low_rb.split(rows), result.split(rows), firsts, seconds, strict=True)):
+        m = first.read()
+        if kind == "adam":
+            v = second.read()
+            adam.update_moments_(m, v, grad, betas)
+            adam.galore_direction(m, v, eps, out=out)
+            second.write_(v, generator)
+        else:
+            m.lerp_(grad, 1 - betas[0])
+            if kind == "momentum":
+                out.copy_(m)
+            else:
+                adam.galore_direction(m, row_scale_r1[number * rows : (number + 1) * rows] * col_b, eps, out=out)
+        first.write_(m, None)  # changes by a tenth at a time, so rounding to nearest does not hold it fast
+    return result
+
+
+def rotate_moments_(
+    kind: str,
+    state: State,
+    changes: tuple[Tensor, ...],
+    width: int,
+    betas: tuple[float, float],
+    t: int,
+    generator: torch.Generator | None,
+) -> None:
+    """Bring the moments of (r_old, width) into a new basis, which may have another rank.
+
+    `changes` holds C = P_new' P_old of shape (r_new, r_old) and, where the long side is projected too, the same for its basis.
+    """
+    if t == 0:  # all zero
+        return
+    (new_rank, old_rank), along_long = changes[0].shape, changes[1:]
+    old, new = torch.Size((old_rank, width)), torch.Size((new_rank, width))
+    first = Stored.of(state, "exp_avg", old).read()
+    if kind == "adam":
+        second = Stored.of(state, "exp_avg_sq", old).read()
+        first, second = rotation.rotate_moments(changes[0], first, second, betas, t)
+        for change_rr in along_long:
+            first, second = (turned.mT for turned in rotation.rotate_moments(change_rr, first.mT, second.mT, betas, t))
+        _replace_(state, "exp_avg_sq", second, new, generator)
+    else:
+        first = changes[0] @ first
+        for change_rr in along_long:
+            first = first @ change_rr.mT
+    _replace_(state, "exp_avg", first, new, None)
+    if kind == "adafactor":
+        _rotate_factors_(state["exp_avg_sq_row"], state["exp_avg_sq_col"], changes)
+
+
+def _replace_(state: State, key: str, value: Tensor, shape: torch.Size, generator: torch.Generator | None) -> None:
+    state[key].zero_()  # where the rank shrinks, nothing may stay behind
+    Stored.of(state, key, shape).write_(value, generator)
+
+
+def _rotate_factors_(row_r: Tensor, col_b: Tensor, changes: tuple[Tensor, ...]) -> None:
+    """p <- (C o C) p: the mean square of each new coordinate if the old ones are uncorrelated. p and q keep one common mean."""
+    new_rank, old_rank = changes[0].shape
+    old_mean = row_r[:old_rank].mean().clamp(min=torch.finfo(row_r.dtype).tiny)
+    turned_row = changes[0].square() @ row_r[:old_rank]
+    turned_col = changes[1].square() @ col_b if len(changes) > 1 else col_b.clone()
+    turned_row *= turned_col.mean() / old_mean  # what the long side lost
+    row_r.zero_()[:new_rank] = turned_row
+    col_b.copy_(turned_col * (turned_row.mean() / turned_col.mean().clamp(min=torch.finfo(row_r.dtype).tiny)))
