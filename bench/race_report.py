@@ -1,0 +1,133 @@
+"""The race's results as a Markdown table and two plots for each protocol: report.md, loss_*.png and state_*.png in the race's folder."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+PROTOCOL = ("model", "vocab_size", "seq_len", "batch_tokens", "steps", "rest_rate", "products", "data")
+_PLOTTED = 12  # curves in one plot
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One method under one protocol: all runs at the rate that was best for the sweep's seed."""
+
+    name: str
+    rate: float
+    runs: list[Result]
+    sweep: dict[float, float]  # rate -> final loss, of the sweep's seed
+
+    @property
+    def losses(self) -> list[float]:
+        return [final_loss(run) for run in self.runs]
+
+    @property
+    def loss(self) -> float:
+        return mean(self.losses)
+
+    @property
+    def spread(self) -> float:
+        return max(self.losses) - min(self.losses)
+
+    def average(self, key: str) -> float:
+        return mean(run[key] for run in self.runs)
+
+
+def final_loss(result: Result) -> float:
+    """Held-out loss at the end; infinity if training diverged."""
+    return math.inf if result["final_loss"] is None else result["final_loss"]
+
+
+def load_results(folder: Path) -> list[Result]:
+    return [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))]
+
+
+def standings(results: Iterable[Result]) -> list[Standing]:
+    """Best mean loss first. The results are of one protocol."""
+    by_method: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        by_method[result["settings"]["name"]].append(result)
+    table = []
+    for name, runs in by_method.items():
+        first_seed = min(run["settings"]["seed"] for run in runs)
+        sweep = {run["settings"]["rate"]: final_loss(run) for run in runs if run["settings"]["seed"] == first_seed}
+        best = min(sweep, key=lambda rate: sweep[rate])
+        table.append(Standing(name, best, [run for run in runs if run["settings"]["rate"] == best], dict(sorted(sweep.items()))))
+    return sorted(table, key=lambda standing: standing.loss)
+
+
+def markdown(table: list[Standing]) -> str:
+    """One row a method. Time is the processor's, relative to AdamW's median run where AdamW took part."""
+    reference = next((row.average("seconds_per_step") for row in table if row.name == "adamw"), math.nan)
+    lines = [
+        "| method | rate | runs | held-out loss | spread | perplexity | state, KiB | of it matrices | time/AdamW | optimizer, ms | sweep |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in table:
+        sweep = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in row.sweep.items())
+        lines.append(
+            f"| {row.name} | {row.rate:g} | {len(row.runs)} | {row.loss:.4f} | {row.spread:.4f} | {math.exp(row.loss):.2f} "
+            f"| {row.average('state_bytes') / 1024:.0f} | {row.average('matrix_state_bytes') / 1024:.1f} "
+            f"| {row.average('seconds_per_step') / reference:.2f} | {1e3 * row.average('optimizer_seconds_per_step'):.1f} | {sweep} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(table: list[Standing], folder: Path, label: str) -> bool:
+    """Loss against tokens and final loss against the matrices' state. False if matplotlib is not there."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return False
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for row in table[:_PLOTTED]:
+        points = zip(*(run["curve"] for run in row.runs), strict=False)  # a run that diverged has fewer
+        tokens, losses = zip(*(map(mean, zip(*point, strict=True)) for point in points), strict=True)
+        axes.plot(tokens, losses, label=row.name)
+    axes.set(xlabel="tokens", ylabel="held-out loss, nats a token", yscale="log")
+    axes.legend(fontsize="small")
+    figure.savefig(folder / f"loss_{label}.png", dpi=150, bbox_inches="tight")
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for row in table:
+        if math.isfinite(row.loss):
+            x = row.average("matrix_state_bytes") / 1024
+            axes.errorbar([x], [row.loss], [[row.loss - min(row.losses)], [max(row.losses) - row.loss]], fmt="o")
+            axes.annotate(row.name, (x, row.loss), xytext=(4, 4), textcoords="offset points", fontsize="x-small")
+    axes.set(xlabel="state of the attention and MLP matrices, KiB", ylabel="final held-out loss, nats a token", xscale="symlog")
+    figure.savefig(folder / f"state_{label}.png", dpi=150, bbox_inches="tight")
+    pyplot.close("all")
+    return True
+
+
+def write_report(folder: Path) -> Path:
+    """report.md and the plots, for every protocol that the folder has results of."""
+
+    def protocol(result: Result) -> list[Any]:
+        return [result["settings"][key] for key in PROTOCOL]
+
+    sections = []
+    for values, group in itertools.groupby(sorted(load_results(folder), key=protocol), key=protocol):
+        results = list(group)
+        settings = dict(zip(PROTOCOL, values, strict=True))
+        label = "-".join(str(settings[key]) for key in PROTOCOL if key != "data")
+        table = standings(results)
+        commits = ", ".join(sorted({result["commit"] for result in results}))
+        description = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "data")
+        sections.append(f"## {description}\n\n{len(results)} runs, commits {commits}.\n\n{markdown(table)}\n")
+        if not plot(table, folder, label):
+            print("matplotlib is not installed: no plots")
+    report = folder / "report.md"
+    report.write_text("\n".join(sections))
+    return report
