@@ -71,7 +71,8 @@ def prepare(folder: Path, files: list[str], vocab_size: int, held_out_tokens: in
 
     Held out are the first `held_out_tokens` of the last file, or of as many last files as it takes; training reads the others.
     """
-    stamp = hashlib.sha256(json.dumps([files, vocab_size, held_out_tokens]).encode()).hexdigest()[:12]
+    digests = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
+    stamp = hashlib.sha256(json.dumps([digests, vocab_size, held_out_tokens]).encode()).hexdigest()[:12]
     if not (folder / f"{stamp}-train.npy").exists():
         documents = [[d.text for d in sample_documents([file], 1 << 40, SkippedDocuments(100))] for file in files]
         tokenizer = Tokenizer(train_tokenizer((text for texts in documents[:-1] for text in texts), vocab_size))
