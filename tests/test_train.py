@@ -41,6 +41,7 @@ TINY = [
     "run.name=tiny",
 ]
 LOW_RANK = ["optimizer.rank=8", "optimizer.update_proj_gap=3"]
+RELORA = ["optimizer=relora", "optimizer.rank=8", "optimizer.merge_every=3", "optimizer.restart_warmup_steps=2"]
 
 
 def run_in(folder: Path, *overrides: str) -> int:
@@ -161,6 +162,8 @@ def test_a_run_writes_what_the_pages_promise(tmp_path, draws):
             "trainer.precision=bf16_nearest",
         ],
         ["optimizer=adamw", "data.packing=pad"],
+        [*RELORA, "trainer.grad_clip=0.5"],
+        [*RELORA, "optimizer.apply=immediate", "trainer.micro_batch_size=8", "trainer.precision=bf16"],
     ],
     ids=lambda overrides: " ".join(overrides).replace("optimizer.", "").replace("trainer.", ""),
 )

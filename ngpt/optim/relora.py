@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngpt.optim.adamw import AdamW, compute_dtype, store_weight_
+from ngpt.optim.adamw import AdamW, store_weight_
 from ngpt.optim.rounding import generator_for
+from ngpt.optim.storage import Stored, compute_dtype
 
 # First counters of random numbers, beside those of ngpt.optim.adamw: new A, and the rounding of a merged W.
-RESTART_STREAM, MERGE_STREAM = 2, 3
+RESTART_STREAM, MERGE_STREAM = 8, 9
 
 
 class ReLoRA(AdamW):
@@ -52,13 +53,14 @@ class ReLoRA(AdamW):
         merge_every: int,
         restart_warmup: int = 0,
         prune: float = 0.99,
+        state_dtype: str = "fp32",
         rounding: str = "stochastic",
         seed: int = 0,
     ) -> None:
         _check_restarts(scale=scale, merge_every=merge_every, restart_warmup=restart_warmup, prune=prune)
         self._adapters = [tuple(adapter) for adapter in adapters]
         self._restarts = {"scale": scale, "merge_every": merge_every, "restart_warmup": restart_warmup, "prune": prune}
-        super().__init__(params, lr, betas, eps, weight_decay, rounding=rounding, seed=seed)
+        super().__init__(params, lr, betas, eps, weight_decay, state_dtype=state_dtype, rounding=rounding, seed=seed)
         self._check_adapters()
         self._merge_hook = self.register_step_post_hook(_merge_after_step)
 
@@ -93,6 +95,10 @@ class ReLoRA(AdamW):
     def _update(self, p: Tensor, reduced: Tensor) -> None:
         group = self.slot(p).group
         self._update_in_pieces(p, reduced, group | {"lr": float(group["lr"]) * self._warmup_after_merge(p)})
+
+    def _written_by_update(self, p: Tensor) -> list[Tensor]:
+        merged_at = self.state[p]["merged_at"]
+        return [tensor for tensor in super()._written_by_update(p) if tensor is not merged_at]  # which is a counter on the CPU
 
     def _warmup_after_merge(self, p: Tensor) -> float:
         """The factor on the rate of the coming update."""
@@ -134,7 +140,14 @@ class ReLoRA(AdamW):
             p.copy_(values)
             if "master" in self.state[p]:
                 self.state[p]["master"].copy_(values)
-            prune_moments_(self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"], self._restarts["prune"])
+            self._prune_moments(p)
+
+    def _prune_moments(self, p: Tensor) -> None:
+        first, second = (Stored.of(self.state[p], key, p.shape) for key in ("exp_avg", "exp_avg_sq"))
+        m, v = first.read(), second.read()
+        prune_moments_(m, v, self._restarts["prune"])
+        first.write_(m, None)  # nothing to round: a value is kept, or zero
+        second.write_(v, None)
 
 
 def prune_moments_(first: Tensor, second: Tensor, share: float) -> None:

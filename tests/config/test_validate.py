@@ -14,6 +14,8 @@ from ngpt.config.schema import (
     C4DataConfig,
     GaLoreConfig,
     LocalC4DataConfig,
+    LoRAConfig,
+    ReLoRAConfig,
     RunConfig,
     TokenizedDataConfig,
     WSDSchedulerConfig,
@@ -107,6 +109,28 @@ RULES = {
         {"model.num_key_value_heads": 1},
         "optimizer.rank = 128: must be below the short side of every projected matrix; k_proj of model=llama_60m is 64 x 512; "
         "set optimizer.rank=16 (a quarter is usual, 63 the largest)",
+    ),
+    "rank of adapters": (
+        {"optimizer": LoRAConfig(rank=512)},
+        "optimizer.rank = 512: must be below the short side of every adapted matrix; q_proj of model=llama_60m is 512 x 512; "
+        "set optimizer.rank=128 (a quarter is usual, 511 the largest)",
+    ),
+    "factor of adapters": (
+        {"optimizer": LoRAConfig(lora_alpha=0.0)},
+        "optimizer.lora_alpha = 0.0: must be above 0; the default is 32.0",
+    ),
+    "no updates between merges": (
+        {"optimizer": ReLoRAConfig(merge_every=0)},
+        "optimizer.merge_every = 0: must be at least 1; the default is 1000",
+    ),
+    "warm-up up to the next merge": (
+        {"optimizer": ReLoRAConfig(merge_every=100)},
+        "optimizer.restart_warmup_steps = 100: must be below merge_every = 100, or the learning rate never gets back to the schedule's; "
+        "set optimizer.restart_warmup_steps=10",
+    ),
+    "share of moments": (
+        {"optimizer": ReLoRAConfig(prune=1.1)},
+        "optimizer.prune = 1.1: must be at least 0 and at most 1; the default is 0.99",
     ),
     "betas": (
         {"optimizer.betas": [0.9]},
