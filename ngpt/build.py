@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +12,13 @@ from torch import nn
 
 from ngpt.config.schema import (
     AdamWConfig,
+    AdaRankGradConfig,
     ConstantSchedulerConfig,
     CosineSchedulerConfig,
     GaLoreConfig,
     LinearSchedulerConfig,
     LoRAConfig,
+    LowRankConfig,
     NaturalGaLoreConfig,
     OptimizerConfig,
     ReLoRAConfig,
@@ -33,9 +36,15 @@ from ngpt.dist.process_group import Ranks, seed_everything
 from ngpt.engine.local import LocalEngine, weight_dtype
 from ngpt.model import lora
 from ngpt.model.llama import LlamaForCausalLM, compile_blocks
-from ngpt.optim import AdamW, GaLore, NaturalGaLore, low_rank_groups, lr_schedule
+from ngpt.optim import AdamW, AdaRankGrad, GaLore, NaturalGaLore, low_rank_groups, lr_schedule
+from ngpt.optim.low_rank import LowRankAdamW
 from ngpt.optim.relora import ReLoRA
 
+_LOW_RANK: dict[type[LowRankConfig], type[LowRankAdamW]] = {
+    GaLoreConfig: GaLore,
+    NaturalGaLoreConfig: NaturalGaLore,
+    AdaRankGradConfig: AdaRankGrad,
+}
 _ROUNDING = {"fp32": "nearest", "bf16": "stochastic", "bf16_nearest": "nearest", "bf16_master": "master"}
 
 
@@ -108,6 +117,7 @@ def build_optimizer(model: nn.Module, *, config: OptimizerConfig, precision: str
         "betas": tuple(config.betas),
         "eps": config.eps,
         "weight_decay": config.weight_decay,
+        "state_dtype": config.state_dtype,
         "rounding": _ROUNDING[precision],
         "seed": seed,
     }
@@ -115,12 +125,11 @@ def build_optimizer(model: nn.Module, *, config: OptimizerConfig, precision: str
         return AdamW(model.named_parameters(), **shared)
     if isinstance(config, LoRAConfig):
         return _build_lora(model, config, shared)
-    assert isinstance(config, GaLoreConfig)
+    assert isinstance(config, LowRankConfig)
     groups = low_rank_groups(model, rank=config.rank, update_proj_gap=config.update_proj_gap, scale=config.scale)
-    shared |= {"subspace": config.subspace, "on_refresh": config.on_refresh, "stagger": config.stagger}
-    if isinstance(config, NaturalGaLoreConfig):
-        return NaturalGaLore(groups, **shared, fisher=config.fisher, history=config.history, damping=config.damping)
-    return GaLore(groups, **shared)
+    own = {field.name for field in dataclasses.fields(config)} - {field.name for field in dataclasses.fields(OptimizerConfig)}
+    options = {name: getattr(config, name) for name in own - {"rank", "update_proj_gap", "scale"}}  # settings and arguments share names
+    return _LOW_RANK[type(config)](groups, **shared, **options)
 
 
 def _build_lora(model: nn.Module, config: LoRAConfig, shared: dict[str, Any]) -> AdamW:

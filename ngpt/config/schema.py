@@ -131,6 +131,7 @@ class OptimizerConfig:
     betas: list[float] = setting([0.9, 0.999], "decay of the first and of the second moment")
     eps: float = setting(1e-8, "added to the root of the second moment", above=0)
     weight_decay: float = setting(0.0, "decoupled weight decay, per unit of learning rate", at_least=0)
+    state_dtype: str = setting("fp32", "how moments are kept: fp32; bf16, half of that; 8bit, a quarter", choices=("fp32", "bf16", "8bit"))
     apply: str = setting(
         "deferred",
         "whole: keep all gradients until the update; deferred: project and free each gradient during backward, update afterwards; "
@@ -145,35 +146,66 @@ class AdamWConfig(OptimizerConfig):
 
 
 @dataclass
-class GaLoreConfig(OptimizerConfig):
-    """GaLore (arXiv:2403.03507): Adam on gradients projected to rank r."""
+class LowRankConfig(OptimizerConfig):
+    """What optimizers on projected gradients have in common. Embedding, head and norms get plain AdamW."""
 
-    name: str = setting("galore", "optimizer (choose with optimizer=...)", choices=("galore",))
     lr: float = setting(1e-2, "peak learning rate", above=0)
     eps: float = setting(1e-6, "added to the root of the second moment", above=0)
     rank: int = setting(128, "rank of the projected gradients", at_least=1)
     update_proj_gap: int = setting(200, "updates between refreshes of a matrix's subspace", at_least=1)
     scale: float = setting(0.25, "factor on the lifted update (alpha of the papers)", above=0)
-    subspace: str = setting("svd", "how a basis is found: exact SVD or a warm-started randomized range finder",
-                            choices=("svd", "randomized"))
-    on_refresh: str = setting("keep", "what happens to moments when the basis changes (keep is the published GaLore)",
-                              choices=("rotate", "keep", "reset"))
-    stagger: bool = setting(False, "spread the refreshes of different matrices over update_proj_gap steps")
+    subspace: str = setting("randomized", "how a basis is found: exact SVD, a warm-started randomized range finder, or at random",
+                            choices=("svd", "randomized", "random"))
+    on_refresh: str = setting("rotate", "what happens to moments and Fisher when the basis changes", choices=("rotate", "keep", "reset"))
+    stagger: bool = setting(True, "spread the refreshes of different matrices over update_proj_gap steps")
+    moments: str = setting("adam", "of projected gradients: Adam's; Adam's with a factored second one; only the first",
+                           choices=("adam", "adafactor", "momentum"))
+    complement: str = setting("none", "fira: add back what the projection dropped, scaled by column; needs full gradients at the update",
+                              choices=("none", "fira"))
 
 
 @dataclass
-class NaturalGaLoreConfig(GaLoreConfig):
-    """Natural GaLore (arXiv:2410.16029): GaLore on natural gradients, the Fisher inverted by Woodbury's identity."""
+class GaLoreConfig(LowRankConfig):
+    """GaLore (arXiv:2403.03507): Adam on gradients projected to rank r. The defaults are the published method's."""
+
+    name: str = setting("galore", "optimizer (choose with optimizer=...)", choices=("galore",))
+    subspace: str = setting("svd", "how a basis is found: exact SVD, a warm-started randomized range finder, or at random",
+                            choices=("svd", "randomized", "random"))
+    on_refresh: str = setting("keep", "what happens to moments when the basis changes (keep is the published GaLore)",
+                              choices=("rotate", "keep", "reset"))
+    stagger: bool = setting(False, "spread the refreshes of different matrices over update_proj_gap steps")
+    proj_type: str = setting("std", "std: the shorter side is projected; full: both are", choices=("std", "full"))
+
+
+@dataclass
+class NaturalGaLoreConfig(LowRankConfig):
+    """Natural GaLore (arXiv:2410.16029): GaLore on gradients preconditioned by their inverse empirical Fisher."""
 
     name: str = setting("natural_galore", "optimizer (choose with optimizer=...)", choices=("natural_galore",))
-    subspace: str = setting("randomized", "how a basis is found: exact SVD or a warm-started randomized range finder",
-                            choices=("svd", "randomized"))
-    on_refresh: str = setting("rotate", "what happens to moments and history when the basis changes", choices=("rotate", "keep", "reset"))
-    stagger: bool = setting(True, "spread the refreshes of different matrices over update_proj_gap steps")
-    fisher: str = setting("history", "history: empirical Fisher of the last `history` projected gradients; none: plain GaLore",
-                          choices=("history", "none"))
-    history: int = setting(20, "projected gradients kept per matrix (s of the paper)", at_least=1)
-    damping: float = setting(1e-3, "lambda of lambda*I + H H'", above=0)
+    fisher: str = setting(
+        "history",
+        "history: of the last `history` projected gradients (the paper); two_sided: the same with both sides projected (the authors' "
+        "release); factored: r x r second moments; diagonal: row and column means of the squared full gradient, which is kept for it; "
+        "none: GaLore",
+        choices=("history", "two_sided", "factored", "diagonal", "none"),
+    )
+    history: int = setting(20, "projected gradients kept per matrix by history and two_sided (s of the paper)", at_least=1)
+    damping: float = setting(1e-3, "lambda of lambda*I + H H'; a share of the Fisher's mean for factored and diagonal", above=0)
+    moments: Optional[str] = setting(None, "as for GaLore (null: adam, but momentum for fisher=diagonal, which replaces the second moment)",
+                                     choices=("adam", "adafactor", "momentum"))
+    complement: Optional[str] = setting(None, "fira: as for GaLore; raw: for fisher=diagonal, which scales it (null: that or none)",
+                                        choices=("none", "fira", "raw"))
+
+
+@dataclass
+class AdaRankGradConfig(LowRankConfig):
+    """AdaRankGrad (arXiv:2410.17881): GaLore whose rank follows the gradient's. `rank` is the largest, for which state is allocated."""
+
+    name: str = setting("adarankgrad", "optimizer (choose with optimizer=...)", choices=("adarankgrad",))
+    min_rank: int = setting(1, "smallest rank", at_least=1)
+    energy: float = setting(0.96, "share of the squared gradient that the rank keeps", above=0, at_most=1)
+    converged_below: float = setting(0.5, "refresh when the projected gradient is below this share of its norm at the last one (0: never)",
+                                     at_least=0, below=1)
 
 
 @dataclass
@@ -325,6 +357,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "adamw": AdamWConfig,
         "galore": GaLoreConfig,
         "natural_galore": NaturalGaLoreConfig,
+        "adarankgrad": AdaRankGradConfig,
         "lora": LoRAConfig,
         "relora": ReLoRAConfig,
     },

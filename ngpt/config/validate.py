@@ -15,9 +15,12 @@ from typing import Any
 from ngpt.config.file_rules import file_problems
 from ngpt.config.problems import ConfigError, problem, shown
 from ngpt.config.schema import (
+    AdaRankGradConfig,
     C4DataConfig,
     GaLoreConfig,
     LoRAConfig,
+    LowRankConfig,
+    NaturalGaLoreConfig,
     ReLoRAConfig,
     RunConfig,
     WSDSchedulerConfig,
@@ -164,7 +167,7 @@ def _activation_checkpointing(config: RunConfig, world_size: int) -> Iterator[st
 
 @_rule("optimizer.rank", "model.hidden_size", "model.intermediate_size", "model.num_attention_heads", "model.num_key_value_heads")
 def _rank(config: RunConfig, world_size: int) -> Iterator[str]:
-    if not isinstance(config.optimizer, GaLoreConfig | LoRAConfig):
+    if not isinstance(config.optimizer, LowRankConfig | LoRAConfig):
         return
     rank, model = config.optimizer.rank, config.model
     key_value = model.hidden_size // model.num_attention_heads * (model.num_key_value_heads or model.num_attention_heads)
@@ -203,9 +206,39 @@ def _immediate_updates(config: RunConfig, world_size: int) -> Iterator[str]:
 @_rule("optimizer.update_proj_gap")
 def _stagger(config: RunConfig, world_size: int) -> Iterator[str]:
     optimizer = config.optimizer
-    if isinstance(optimizer, GaLoreConfig) and optimizer.stagger and optimizer.update_proj_gap == 1:
+    if isinstance(optimizer, LowRankConfig) and optimizer.stagger and optimizer.update_proj_gap == 1:
         rule = "has nothing to spread with update_proj_gap = 1, where every step refreshes every matrix"
         yield problem("optimizer.stagger", True, rule, "set optimizer.stagger=false or a larger optimizer.update_proj_gap")
+
+
+@_rule("optimizer.fisher", "optimizer.moments", "optimizer.complement", "optimizer.proj_type")
+def _parts(config: RunConfig, world_size: int) -> Iterator[str]:
+    """What the library would refuse when it is built: parts of a low-rank optimizer that do not go together."""
+    optimizer = config.optimizer
+    if not isinstance(optimizer, LowRankConfig):
+        return
+    fisher = optimizer.fisher if isinstance(optimizer, NaturalGaLoreConfig) else "none"
+    two_sided = fisher == "two_sided" or (isinstance(optimizer, GaLoreConfig) and optimizer.proj_type == "full")
+    moments, complement = optimizer.moments, optimizer.complement
+    if fisher == "diagonal" and moments not in (None, "momentum"):
+        rule = "does not go with fisher=diagonal, which takes the place of the second moment"
+        yield problem("optimizer.moments", moments, rule, "set optimizer.moments=momentum")
+    if fisher == "diagonal" and complement == "fira":
+        rule = "does not go with fisher=diagonal, which scales what the projection dropped itself"
+        yield problem("optimizer.complement", complement, rule, "set optimizer.complement=raw or none")
+    if fisher != "diagonal" and complement == "raw":
+        rule = f"goes with fisher=diagonal alone, which scales it; here fisher={fisher}"
+        yield problem("optimizer.complement", complement, rule, "set optimizer.complement=fira or none")
+    if two_sided and complement not in (None, "none"):
+        yield problem("optimizer.complement", complement, "cannot be added where both sides are projected", "set optimizer.complement=none")
+
+
+@_rule("optimizer.min_rank", "optimizer.rank")
+def _rank_range(config: RunConfig, world_size: int) -> Iterator[str]:
+    optimizer = config.optimizer
+    if isinstance(optimizer, AdaRankGradConfig) and optimizer.min_rank > optimizer.rank:
+        rule = f"must not be above the largest rank, optimizer.rank = {optimizer.rank}"
+        yield problem("optimizer.min_rank", optimizer.min_rank, rule, f"set optimizer.min_rank={optimizer.rank} or lower")
 
 
 @_rule("optimizer.merge_every", "optimizer.restart_warmup_steps")

@@ -34,8 +34,8 @@ class AdamW(torch.optim.Optimizer):
     `params` are parameters, (name, parameter) pairs or groups of either. `rounding` says how new bf16 weights are stored: "stochastic"
     (seeded by `seed`, the parameter's number and its update number, so nothing needs saving), "nearest", or "master" (an fp32 copy in
     the state, taken from the weight when the group is added). It has no effect on fp32 weights; fp16 knows "nearest" and "master", and
-    takes "stochastic" as "nearest". `state_dtype` says how moments are kept: "fp32", "bf16" (half the state) or "8bit" (a quarter), the
-    second moment rounded stochastically, so that changes smaller than a unit are kept on average.
+    takes "stochastic" as "nearest". `state_dtype` says how moments are kept: "fp32", "bf16" (half the state) or "8bit" (a quarter),
+    rounded stochastically, so that changes smaller than a unit are kept on average.
 
     The update of one parameter has two phases: `reduce_gradient` turns a full gradient into what is kept of it, `apply_gradient`
     updates the state and the weight. `step` is both for each parameter; per-layer updates and sharding call them apart.
@@ -259,7 +259,7 @@ class AdamW(torch.optim.Optimizer):
         for target, grad_piece, weight, first, second in zip(*pieces, *moments, strict=True):
             m, v, weight = first.read(), second.read(), weight.to(compute_dtype(p))
             adam.adamw_([weight], [grad_piece.to(m.dtype)], [m], [v], [int(state["step"])], **_adamw_settings(group))
-            first.write_(m, None)
+            first.write_(m, moment_rounding)
             second.write_(v, moment_rounding)
             store_weight_(target, weight, rounding)
 

@@ -70,7 +70,7 @@ def direction(kind: str, state: State, low_rb: Tensor, betas: tuple[float, float
                 out.copy_(m)
             else:
                 adam.galore_direction(m, row_scale_r1[number * rows : (number + 1) * rows] * col_b, eps, out=out)
-        first.write_(m, None)  # changes by a tenth at a time, so rounding to nearest does not hold it fast
+        first.write_(m, generator)
     return result
 
 
@@ -102,7 +102,7 @@ def rotate_moments_(
         first = changes[0] @ first
         for change_rr in along_long:
             first = first @ change_rr.mT
-    _replace_(state, "exp_avg", first, new, None)
+    _replace_(state, "exp_avg", first, new, generator)
     if kind == "adafactor":
         _rotate_factors_(state["exp_avg_sq_row"], state["exp_avg_sq_col"], changes)
 

@@ -58,9 +58,9 @@ def test_an_unknown_setting_is_an_error_that_names_the_nearest(override: str):
 
 WRONG = {
     "optimizer=natural_galor": (
-        "optimizer = natural_galor: must be one of adamw, galore, lora, natural_galore, relora; did you mean optimizer=natural_galore?"
+        "optimizer = natural_galor: must be one of adamw, adarankgrad, galore, lora, natural_galore, natural_galore_paper, relora; did you mean optimizer=natural_galore?"
     ),
-    "optimizer=zzz": "optimizer = zzz: must be one of adamw, galore, lora, natural_galore, relora; see --help",
+    "optimizer=zzz": "optimizer = zzz: must be one of adamw, adarankgrad, galore, lora, natural_galore, natural_galore_paper, relora; see --help",
     "~optimizer.rank": "optimizer.rank = 128: a setting cannot be removed; give it a value",
     "+seed=3": "+seed = 3: is a setting already; write it without +",
     "seed=three": "seed = three: must be a whole number; see docs/configuration.md",
@@ -255,7 +255,7 @@ def test_the_configuration_can_be_shown_without_running(command_line, folder: Pa
 
 def test_help_lists_groups_and_settings_that_exist(command_line):
     text = "\n".join(command_line("--help"))
-    assert "optimizer     adamw, galore, lora, natural_galore, relora\n" in text
+    assert "optimizer     adamw, adarankgrad, galore, lora, natural_galore, natural_galore_paper, relora\n" in text
     assert "model         llama_9m, llama_20m" in text
     assert "schema_" not in text
     named = text.partition("== Settings used most ==")[2].replace(";", " ").replace(",", " ").split()
