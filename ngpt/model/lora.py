@@ -18,9 +18,9 @@ _A, _B, _W = ".lora_A", ".lora_B", ".weight"  # ends of the parameters' names
 class Adapter(NamedTuple):
     """The three parameters of an adapted matrix: W (m, n), frozen; A (r, n); B (m, r)."""
 
-    weight: nn.Parameter
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
 
 
 class LoRALinear(nn.Module):
@@ -32,7 +32,8 @@ class LoRALinear(nn.Module):
 
     def __init__(self, linear: Linear, *, rank: int, alpha: float) -> None:
         super().__init__()
-        self.weight = linear.weight.requires_grad_(False)
+        self.weight = linear.weight
+        self.weight.requires_grad_(False)
         rows, columns = linear.weight.shape
         self.lora_A = nn.Parameter(linear.weight.new_empty(rank, columns))
         self.lora_B = nn.Parameter(linear.weight.new_zeros(rows, rank))
