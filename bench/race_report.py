@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import math
@@ -9,11 +10,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, mode
 from typing import Any
 
 PROTOCOL = ("model", "vocab_size", "seq_len", "batch_tokens", "steps", "rest_rate", "products", "data")
-_PLOTTED = 12  # curves in one plot
+_CURVES = 12  # of the best methods, in one plot
 Result = dict[str, Any]
 
 
@@ -24,7 +25,7 @@ class Standing:
     name: str
     rate: float
     runs: list[Result]
-    sweep: dict[float, float]  # rate -> final loss, of the sweep's seed
+    sweep: dict[float, float]  # rate -> final loss, of the seed that ran most rates
 
     @property
     def losses(self) -> list[float]:
@@ -58,8 +59,8 @@ def standings(results: Iterable[Result]) -> list[Standing]:
         by_method[result["settings"]["name"]].append(result)
     table = []
     for name, runs in by_method.items():
-        first_seed = min(run["settings"]["seed"] for run in runs)
-        sweep = {run["settings"]["rate"]: final_loss(run) for run in runs if run["settings"]["seed"] == first_seed}
+        swept = mode(run["settings"]["seed"] for run in runs)
+        sweep = {run["settings"]["rate"]: final_loss(run) for run in runs if run["settings"]["seed"] == swept}
         best = min(sweep, key=lambda rate: sweep[rate])
         table.append(Standing(name, best, [run for run in runs if run["settings"]["rate"] == best], dict(sorted(sweep.items()))))
     return sorted(table, key=lambda standing: standing.loss)
@@ -82,33 +83,26 @@ def markdown(table: list[Standing]) -> str:
     return "\n".join(lines)
 
 
-def plot(table: list[Standing], folder: Path, label: str) -> bool:
-    """Loss against tokens and final loss against the matrices' state. False if matplotlib is not there."""
-    try:
-        import matplotlib
+def draw(table: list[Standing], folder: Path, label: str) -> None:
+    """Loss against tokens of the best methods, and final loss against the matrices' state of all."""
+    from matplotlib.figure import Figure
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        return False
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for row in table[:_PLOTTED]:
-        points = zip(*(run["curve"] for run in row.runs), strict=False)  # a run that diverged has fewer
-        tokens, losses = zip(*(map(mean, zip(*point, strict=True)) for point in points), strict=True)
-        axes.plot(tokens, losses, label=row.name)
+    table = [row for row in table if math.isfinite(row.loss)]
+    curves, states = Figure(figsize=(8, 5)), Figure(figsize=(8, 5))
+    axes = curves.subplots()
+    for row in table[:_CURVES]:
+        points = [tuple(map(mean, zip(*of_runs, strict=True))) for of_runs in zip(*(run["curve"] for run in row.runs), strict=True)]
+        axes.plot(*zip(*points, strict=True), label=row.name)
     axes.set(xlabel="tokens", ylabel="held-out loss, nats a token", yscale="log")
     axes.legend(fontsize="small")
-    figure.savefig(folder / f"loss_{label}.png", dpi=150, bbox_inches="tight")
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+    axes = states.subplots()
     for row in table:
-        if math.isfinite(row.loss):
-            x = row.average("matrix_state_bytes") / 1024
-            axes.errorbar([x], [row.loss], [[row.loss - min(row.losses)], [max(row.losses) - row.loss]], fmt="o")
-            axes.annotate(row.name, (x, row.loss), xytext=(4, 4), textcoords="offset points", fontsize="x-small")
+        x = row.average("matrix_state_bytes") / 1024
+        axes.errorbar([x], [row.loss], [[row.loss - min(row.losses)], [max(row.losses) - row.loss]], fmt="o")
+        axes.annotate(row.name, (x, row.loss), xytext=(4, 4), textcoords="offset points", fontsize="x-small")
     axes.set(xlabel="state of the attention and MLP matrices, KiB", ylabel="final held-out loss, nats a token", xscale="symlog")
-    figure.savefig(folder / f"state_{label}.png", dpi=150, bbox_inches="tight")
-    pyplot.close("all")
-    return True
+    for figure, name in ((curves, "loss"), (states, "state")):
+        figure.savefig(folder / f"{name}_{label}.png", dpi=150, bbox_inches="tight")
 
 
 def write_report(folder: Path) -> Path:
@@ -126,8 +120,8 @@ def write_report(folder: Path) -> Path:
         commits = ", ".join(sorted({result["commit"] for result in results}))
         description = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "data")
         sections.append(f"## {description}\n\n{len(results)} runs, commits {commits}.\n\n{markdown(table)}\n")
-        if not plot(table, folder, label):
-            print("matplotlib is not installed: no plots")
+        if importlib.util.find_spec("matplotlib"):
+            draw(table, folder, label)
     report = folder / "report.md"
     report.write_text("\n".join(sections))
     return report

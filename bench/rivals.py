@@ -144,8 +144,7 @@ class APOLLO(Rival):
         """P, the same between two refreshes, drawn anew from its seed instead of kept."""
         refresh = (state["step"] - 1) // group["update_proj_gap"]
         generator = torch.Generator().manual_seed(1_000_003 * state["index"] + refresh)
-        drawn = torch.randn(group["rank"], grad_ab.shape[0], generator=generator) / math.sqrt(group["rank"])
-        return drawn.to(grad_ab)
+        return torch.randn(group["rank"], grad_ab.shape[0], generator=generator).to(grad_ab) / math.sqrt(group["rank"])
 
     def direction(self, grad: Tensor, state: State, group: dict[str, Any]) -> Tensor:
         wide = grad.shape[0] < grad.shape[1]
