@@ -16,7 +16,7 @@ from ngpt.optim.state import check_state_fits, copy_state_
 from ngpt.optim.storage import Stored, allocate, compute_dtype, piece_elements, rows_per_piece
 
 BASIS_STREAM, ROUNDING_STREAM, MOMENT_STREAM, ROTATION_STREAM = range(4)  # what the random numbers of a parameter are for
-COUNTERS = frozenset({"step", "refreshes", "cleared_at", "rank"})  # int64 on the CPU; they move on in a skipped update too
+COUNTERS = frozenset({"step", "refreshes", "cleared_at", "rank", "merged_at"})  # int64 on the CPU; they move on in a skipped update too
 
 
 @dataclass(frozen=True)

@@ -96,10 +96,6 @@ class ReLoRA(AdamW):
         group = self.slot(p).group
         self._update_in_pieces(p, reduced, group | {"lr": float(group["lr"]) * self._warmup_after_merge(p)})
 
-    def _written_by_update(self, p: Tensor) -> list[Tensor]:
-        merged_at = self.state[p]["merged_at"]
-        return [tensor for tensor in super()._written_by_update(p) if tensor is not merged_at]  # which is a counter on the CPU
-
     def _warmup_after_merge(self, p: Tensor) -> float:
         """The factor on the rate of the coming update."""
         done, merged_at = int(self.state[p]["step"]), int(self.state[p]["merged_at"])
