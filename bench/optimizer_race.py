@@ -102,7 +102,7 @@ class Race:
         settings = self._settings_of(*run)
         log = open(settings.path(self._folder).with_suffix(".log"), "wb")  # noqa: SIM115 (closed when the process has ended)
         command = [sys.executable, "-m", "bench.race_training", str(self._folder), json.dumps(asdict(settings))]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1")
         process = subprocess.Popen(command, cwd=Path(__file__).parents[1], env=environment, stdout=log, stderr=subprocess.STDOUT)
         self._busy[run] = process, log, time.monotonic()
 
@@ -131,14 +131,15 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated, in the order in which they start (default: all)")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated; the first one sweeps (default 0,1,2)")
     parser.add_argument("--batch-tokens", type=int, default=1024, help="tokens of an update (default 1024)")
-    parser.add_argument("--steps", type=int, default=800, help="updates of a run (default 800)")
+    parser.add_argument("--steps", type=int, default=600, help="updates of a run (default 600)")
     parser.add_argument("--rest-rate", type=float, default=0.01, help="AdamW's rate for embedding, head and norms (default 0.01)")
     parser.add_argument("--sweep-points", type=int, default=3, choices=(1, 3, 5), help="rates to begin with; 1: the centre alone")
     parser.add_argument("--model", default="llama_9m", help="shape, a preset of conf/model (default llama_9m)")
     parser.add_argument("--vocab-size", type=int, default=2048, help="of the tokenizer trained on the files (default 2048)")
     parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--held-out-tokens", type=int, default=100_000)
+    parser.add_argument("--held-out-tokens", type=int, default=100_352, help="a multiple of 1024 compiles once (default 100352)")
     parser.add_argument("--products", default="bf16", choices=("bf16", "fp32"), help="type of the matrix products (default bf16)")
+    parser.add_argument("--compile", dest="compiled", action="store_true", help="compile the blocks: needs a C++ compiler, saves a quarter")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each (default 2)")
     parser.add_argument("--report", action="store_true", help="train nothing, write the report of what is there")
     arguments = parser.parse_args(argv)
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(argv)
     if not arguments.report:
         data = prepare(arguments.out, expand_globs(arguments.files, option="--files"), arguments.vocab_size, arguments.held_out_tokens)
-        keys = ("batch_tokens", "steps", "rest_rate", "model", "vocab_size", "seq_len", "products")
+        keys = ("batch_tokens", "steps", "rest_rate", "model", "vocab_size", "seq_len", "products", "compiled")
         common = {key: getattr(arguments, key) for key in keys}
         centres = {name: METHODS[name].rate for name in arguments.methods}
 

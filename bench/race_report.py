@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean, mode
 from typing import Any
 
-PROTOCOL = ("model", "vocab_size", "seq_len", "batch_tokens", "steps", "rest_rate", "products", "data")
+PROTOCOL = ("model", "vocab_size", "seq_len", "batch_tokens", "steps", "rest_rate", "products", "compiled", "data")
 _CURVES = 12  # of the best methods, in one plot
 Result = dict[str, Any]
 

@@ -31,7 +31,7 @@ from ngpt.data.atomic import atomic_file
 from ngpt.data.documents import SkippedDocuments
 from ngpt.data.tokenizer import Tokenizer
 from ngpt.model.layers import Linear
-from ngpt.model.llama import LlamaForCausalLM
+from ngpt.model.llama import LlamaForCausalLM, compile_blocks
 from ngpt.model.loss import LanguageModelHead, chunked_cross_entropy
 from ngpt.optim.lr_schedule import cosine
 
@@ -57,6 +57,7 @@ class Settings:
     vocab_size: int
     seq_len: int
     products: str  # "bf16" or "fp32"
+    compiled: bool
     data: str  # fingerprint
 
     def path(self, folder: Path) -> Path:
@@ -106,7 +107,7 @@ class Rows:
 
 
 # --------------------------------------------------------------------------------------------------------------- model
-def build_model(name: str, vocab_size: int, seq_len: int, seed: int, products: str) -> LlamaForCausalLM:
+def build_model(name: str, vocab_size: int, seq_len: int, seed: int, products: str, compiled: bool = False) -> LlamaForCausalLM:
     """The preset with another vocabulary, initialised from the seed."""
     shape = {k: v for k, v in yaml.safe_load((PRESETS / f"{name}.yaml").read_text()).items() if k != "defaults"}
     torch.manual_seed(seed)
@@ -117,6 +118,8 @@ def build_model(name: str, vocab_size: int, seq_len: int, seed: int, products: s
                 module.forward = partial(_bf16_head, module)
             elif isinstance(module, Linear):
                 module.forward = partial(_bf16_linear, module)
+    if compiled:
+        compile_blocks(model)
     return model
 
 
@@ -145,7 +148,7 @@ def train(settings: Settings, folder: Path) -> dict[str, Any]:
     Seconds are of this process's processor time, which other processes disturb less than the clock. A loss that is no number ends the run.
     """
     train_rows, held_out = (Rows(folder / f"{settings.data}-{part}.npy", settings.seq_len) for part in ("train", "held_out"))
-    model = build_model(settings.model, settings.vocab_size, settings.seq_len, settings.seed, settings.products)
+    model = build_model(settings.model, settings.vocab_size, settings.seq_len, settings.seed, settings.products, settings.compiled)
     gap = 100 if settings.steps >= 500 else max(1, settings.steps // 5)
     width = model.config.hidden_size
     racer = Racer(settings.method, model, width=width, rate=settings.rate, rest_rate=settings.rest_rate, gap=gap)

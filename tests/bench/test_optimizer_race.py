@@ -60,6 +60,7 @@ def settings(corpus: list[str], folder: Path) -> Settings:
         vocab_size=300,
         seq_len=16,
         products="fp32",
+        compiled=False,
         data=prepare(folder, corpus, 300, 640),
     )
 
