@@ -203,11 +203,13 @@ class AdamW(torch.optim.Optimizer):
         With `guard`, weight and state keep their bits if the reduced gradient is not finite, decided on the device without waiting for
         it; only the counters on the CPU move on. Returns whether it was finite (a bool tensor on the device), or None without `guard`.
         """
-        self._begin_update(p, reduced)
-        if not guard:
+        finite = reduced.sum(dtype=compute_dtype(p)).isfinite() if guard else None  # NaN, infinity and overflow all end up in the sum
+        if not self._begin_update(p, reduced, finite):
+            self.state[p]["step"] += 1
+            return finite
+        if finite is None:
             self._update(p, reduced)
             return None
-        finite = reduced.sum().isfinite()  # one pass; NaN, infinity and overflow all end up in the sum
         written = self._written_by_update(p)
         before = [tensor.clone() for tensor in written]
         self._update(p, reduced)
@@ -223,8 +225,9 @@ class AdamW(torch.optim.Optimizer):
         """Whether weight and moments are kept in the dtype of the arithmetic."""
         return p.dtype == compute_dtype(p) and group["state_dtype"] == "fp32"
 
-    def _begin_update(self, p: Tensor, reduced: Tensor) -> None:
-        """Make final what `reduce_gradient` prepared."""
+    def _begin_update(self, p: Tensor, reduced: Tensor, finite: Tensor | None) -> bool:
+        """Make final what `reduce_gradient` prepared. False, with nothing changed, if a guarded update turns out to be one to skip."""
+        return True
 
     def _update(self, p: Tensor, reduced: Tensor) -> None:
         self._update_in_pieces(p, reduced, self.slot(p).group)

@@ -35,8 +35,9 @@ def remember_(state: State, grad_ab: Tensor, beta2: float) -> None:
 
 
 def scales(state: State, beta2: float, t: int, damping: float) -> tuple[Tensor, Tensor]:
-    """u (a) and w (b) with D = u w', after t updates of p and q. Finite for a gradient that was zero all along."""
+    """u (a) and w (b) with D = u w', after t updates of p and q. Finite for rows, columns and gradients that were zero all along."""
     correction = 1 - beta2**t
     p, q = state["short_mean_sq"] / correction, state["long_mean_sq"] / correction
-    mean = p.mean().clamp(min=torch.finfo(p.dtype).tiny ** 0.75)
-    return (mean / (p + damping * mean)).sqrt(), (q + damping * mean).rsqrt()
+    tiny = torch.finfo(p.dtype).tiny
+    mean = p.mean().clamp(min=tiny**0.75)
+    return (p / mean + damping).clamp(min=tiny).rsqrt(), (q + damping * mean).clamp(min=tiny).rsqrt()

@@ -24,9 +24,10 @@ State = dict[str, Tensor]
 def allocate_factor(rank: int, like: Tensor) -> State:
     """Zero state for projected gradients of this rank of the parameter `like`."""
     size = rank * (rank + 1) // 2
+    root_dtype = torch.float32 if like.dtype == torch.float16 else like.dtype  # 1 / |R| is soon beyond the range of fp16
     return {
         "fisher_factor": torch.zeros(size, dtype=compute_dtype(like), device=like.device),
-        "fisher_root": torch.zeros(size, dtype=like.dtype, device=like.device),
+        "fisher_root": torch.zeros(size, dtype=root_dtype, device=like.device),
     }
 
 
@@ -36,22 +37,26 @@ def remember_(state: State, covariance_rr: Tensor, beta2: float) -> None:
 
 
 def find_root_(state: State, rank: int, beta2: float, t: int, damping: float) -> None:
-    """Compute (A^ + lambda tr(A^)/r I)^(-1/2) after t updates of A and keep it. The identity where A is zero."""
+    """Compute (A^ + lambda tr(A^)/r I)^(-1/2) after t updates of A and keep it. Zero where A is zero: of what, nothing is known yet."""
     factor_rr = _unpacked(state["fisher_factor"], rank) / (1 - beta2**t)
     eigenvalues_r, vectors_rr = torch.linalg.eigh(factor_rr)
     mean = eigenvalues_r.clamp(min=0).mean()
     floor = torch.finfo(factor_rr.dtype).tiny
     powers_r = (eigenvalues_r.clamp(min=0) + damping * mean).clamp(min=floor).rsqrt()
-    root_rr = (vectors_rr * torch.where(mean > floor, powers_r, torch.ones_like(powers_r))) @ vectors_rr.mT
+    root_rr = (vectors_rr * torch.where(mean > floor, powers_r, torch.zeros_like(powers_r))) @ vectors_rr.mT
     state["fisher_root"].copy_(_packed(root_rr))
 
 
-def start_root_(state: State, rank: int, t: int, beta2: float) -> None:
-    """Until the first root is due: 1 / sqrt(tr(A^)/r), what it would be if all directions were alike. Costs nothing."""
-    diagonal_r = _unpacked(state["fisher_factor"], rank).diagonal() / (1 - beta2**t)
-    mean = diagonal_r.mean()
-    scale = torch.where(mean > torch.finfo(mean.dtype).tiny, mean, torch.ones_like(mean)).rsqrt()
-    state["fisher_root"].copy_(_packed(scale * torch.eye(rank, dtype=mean.dtype, device=mean.device)))
+def start_root_(state: State, rank: int, beta2: float, t: int) -> None:
+    """Give a root that is zero, as at the start, the size 1 / sqrt(tr(A^)/r) in all directions until the first one is due.
+
+    It stays zero where A is: a scale made up before the first gradient would be in the moments for as long as they remember.
+    """
+    mean = _unpacked(state["fisher_factor"], rank).diagonal().mean() / (1 - beta2**t)
+    scale = torch.where(mean > torch.finfo(mean.dtype).tiny, mean.rsqrt(), torch.zeros_like(mean))
+    alike = _packed(scale * torch.eye(rank, dtype=mean.dtype, device=mean.device))
+    root = state["fisher_root"]
+    root.copy_(torch.where(root[0] > 0, root, alike))
 
 
 def apply_root(state: State, low_rb: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ PROJ_TYPES = ("std", "full")
 
 def _number(value: Any) -> bool:
     if isinstance(value, torch.Tensor):  # LR schedulers may be given the rate as a tensor
-        return value.numel() == 1 and not value.is_complex()
+        return value.numel() == 1 and not value.is_complex() and bool(value.isfinite())
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -204,13 +204,15 @@ class LowRankAdamW(AdamW):
         self._fresh_bases.pop(p, None)
 
     # --------------------------------------------------------------------------------- second phase: state and weight
-    def _begin_update(self, p: Tensor, reduced: Tensor) -> None:
+    def _begin_update(self, p: Tensor, reduced: Tensor, finite: Tensor | None) -> bool:
         """Enter fresh bases into the state; moments and Fisher follow them (rotate), stay as they are (keep) or become zero (reset)."""
         if not self._is_plain(self.slot(p).group) and self.keeps_full_gradient(p):
             self._prepare_basis(p, reduced, True)
         fresh = self._fresh_bases.pop(p, None)
         if fresh is None:
-            return
+            return True
+        if finite is not None and not finite:  # waits for the device, as a refresh does anyway
+            return False
         state, group = self.state[p], self.slot(p).group
         old = self._bases(state)
         if group["on_refresh"] == "rotate":
@@ -227,6 +229,7 @@ class LowRankAdamW(AdamW):
             state["rank"].fill_(fresh[0].shape[1])
             state["low_norm_at_refresh"].zero_()
         state["refreshes"] += 1
+        return True
 
     def _rotate(self, p: Tensor, changes: tuple[Tensor, ...]) -> None:
         state, group = self.state[p], self.slot(p).group
@@ -294,8 +297,8 @@ class LowRankAdamW(AdamW):
                 factored_fisher.remember_(state, covariance_rr, group["betas"][1])
                 if (int(state["step"]) + self.slot(p).index) % factored_fisher.ROOT_INTERVAL == 0:
                     self._find_root(state, group, low.shape[0])
-                elif _moment_age(state) == 1:
-                    factored_fisher.start_root_(state, low.shape[0], 1, group["betas"][1])
+                elif _moment_age(state) <= factored_fisher.ROOT_INTERVAL:
+                    factored_fisher.start_root_(state, low.shape[0], group["betas"][1], _moment_age(state))
                 return factored_fisher.apply_root(state, low)
         return low
 

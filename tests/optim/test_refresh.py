@@ -207,7 +207,7 @@ def one_refresh(on_refresh: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         optimizer.step()
     before = copy.deepcopy(optimizer.state[weight])
     grad = next(gradients(1)).flip(0)
-    optimizer._begin_update(weight, optimizer.reduce_gradient(weight, grad))
+    optimizer._begin_update(weight, optimizer.reduce_gradient(weight, grad), None)
     return before, optimizer.state[weight]
 
 
