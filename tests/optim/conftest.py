@@ -1,12 +1,80 @@
-"""A small network and its training, shared by the tests of the optimizer library."""
+"""Every method of the library, a small network and its training, shared by the tests of the optimizer library."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+from ngpt.optim import AdamW, AdaRankGrad, GaLore, NaturalGaLore
+
+METHODS: dict[str, tuple[type[AdamW], dict[str, Any]]] = {
+    "adamw": (AdamW, {}),
+    "galore": (GaLore, {}),
+    "galore, two-sided": (GaLore, {"proj_type": "full", "on_refresh": "rotate"}),
+    "galore, random, reset": (GaLore, {"subspace": "random", "on_refresh": "reset", "stagger": True}),
+    "galore, adafactor": (GaLore, {"moments": "adafactor", "on_refresh": "rotate"}),
+    "galore, momentum": (GaLore, {"moments": "momentum", "on_refresh": "rotate"}),
+    "fira": (GaLore, {"complement": "fira", "on_refresh": "rotate"}),
+    "natural, history": (NaturalGaLore, {"fisher": "history", "history": 4}),
+    "natural, two-sided": (NaturalGaLore, {"fisher": "two_sided", "history": 4}),
+    "natural, factored": (NaturalGaLore, {"fisher": "factored"}),
+    "natural, factored, fira": (NaturalGaLore, {"fisher": "factored", "complement": "fira"}),
+    "natural, diagonal": (NaturalGaLore, {"fisher": "diagonal"}),
+    "natural, diagonal, no complement": (NaturalGaLore, {"fisher": "diagonal", "complement": "none"}),
+    "natural, diagonal, full rank": (NaturalGaLore, {"fisher": "diagonal", "rank": "full"}),
+    "natural, history, full rank": (NaturalGaLore, {"fisher": "history", "history": 4, "rank": "full"}),
+    "adarankgrad": (AdaRankGrad, {"energy": 0.6, "converged_below": 0.99}),
+    "adarankgrad, fira, reset": (AdaRankGrad, {"min_rank": 2, "energy": 0.6, "complement": "fira", "on_refresh": "reset"}),
+}
+Make = Callable[..., AdamW]
+
+
+@pytest.fixture(params=METHODS)
+def make(request: pytest.FixtureRequest) -> Make:
+    """Builds the optimizer of one method from groups such as `low_rank_groups` returns; every method in turn."""
+    method, settings = METHODS[request.param]
+
+    def build(groups: list[dict[str, Any]], **options: Any) -> AdamW:
+        if method is AdamW:
+            return AdamW([{"params": group["params"]} for group in groups], lr=0.01, **options)
+        rank = {"rank": settings["rank"]} if "rank" in settings else {}
+        groups = [group | rank if "rank" in group else group for group in groups]
+        return method(groups, lr=0.01, **({key: value for key, value in settings.items() if key != "rank"} | options))
+
+    build.adapts_rank = method is AdaRankGrad
+    return build
+
+
+@pytest.fixture
+def groups_of() -> Callable[..., list[dict[str, Any]]]:
+    """Groups of new parameters of three shapes and a vector, refreshed every three updates: what every method can take."""
+
+    def groups(dtype: torch.dtype = torch.float32, **options: Any) -> list[dict[str, Any]]:
+        generator = torch.Generator().manual_seed(3)
+        shapes = ((9,), (8, 12), (12, 8), (10, 10))
+        vector, *matrices = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+        return [{"params": [vector]}, {"params": matrices, "rank": 4, "update_proj_gap": 3, "scale": 1.0} | options]
+
+    return groups
+
+
+@pytest.fixture
+def give_gradients() -> Callable[..., None]:
+    """Sets the gradients of update number `index` on every parameter: a low-rank part, a trend and noise."""
+
+    def give(optimizer: torch.optim.Optimizer, index: int) -> None:
+        generator = torch.Generator().manual_seed(index)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                noise = torch.randn(p.shape, generator=generator)
+                strong = torch.outer(noise[:, 0], noise[0]) if p.ndim == 2 else 0.0
+                p.grad = (0.5**index * strong + 0.3 * noise + 0.1).to(p.dtype)
+
+    return give
 
 
 @pytest.fixture(autouse=True)
