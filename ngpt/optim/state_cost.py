@@ -63,7 +63,7 @@ def _projected(shape: Sequence[int], settings: Mapping[str, Any], dtype: torch.d
         "none": 0,
         "history": w * s * r * c + FP64 * s * s,
         "two_sided": w * s * r * c + FP64 * s * s,
-        "factored": (x + w) * r * (r + 1) // 2,
+        "factored": (x + (FP32 if dtype == torch.float16 else w)) * r * (r + 1) // 2,
         "diagonal": x * (a + b),
     }
     moments = STORED_MOMENTS[settings["moments"]] * _moment_bytes(r * c, settings["state_dtype"], dtype)
