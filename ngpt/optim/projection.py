@@ -97,7 +97,7 @@ def cheap_basis(grad_ab: Tensor, rank: int) -> Tensor | None:
 def _at_size_one(grad_ab: Tensor) -> Tensor | None:
     """The gradient in fp32 or wider, its largest entry 1, as squares of tiny ones would be lost; None if zero or not finite."""
     grad_ab = grad_ab.to(torch.promote_types(grad_ab.dtype, torch.float32))
-    largest = torch.linalg.vector_norm(grad_ab, ord=torch.inf).item()
+    largest = grad_ab.abs().amax().item()  # several times quicker than the infinity norm
     return grad_ab / largest if 0 < largest < math.inf else None
 
 
@@ -146,7 +146,7 @@ def _nearly_orthonormal(matrix_nw: Tensor) -> Tensor:
 
 def _orthonormal(columns_ar: Tensor) -> Tensor:
     """The columns after Gram-Schmidt, in fp64: by Cholesky QR, or by Householder QR, ten times slower, if they are nearly dependent."""
-    columns_ar = columns_ar.double()
+    columns_ar = columns_ar.double().contiguous()  # the other memory order takes four times as long to solve
     lower_rr, failed = torch.linalg.cholesky_ex(columns_ar.mT @ columns_ar)
     if failed or lower_rr.diagonal().amin() < 1e-4:
         return torch.linalg.qr(columns_ar).Q
