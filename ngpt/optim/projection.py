@@ -111,14 +111,14 @@ def _randomized_range(grad_ab: Tensor, rank: int, previous_ar: Tensor | None, ge
     short = grad_ab.shape[0]
     width = min(rank + OVERSAMPLING, short)
     gaussian_aw = torch.randn(short, width, generator=generator, device=grad_ab.device, dtype=grad_ab.dtype) / math.sqrt(short)
-    left_aw = gaussian_aw
+    left_aw = gaussian_aw  # its columns are nearly orthonormal
     if previous_ar is not None:
         old_ar = previous_ar[:, :width].to(grad_ab.dtype)
         old, fresh = gaussian_aw.split([old_ar.shape[1], width - old_ar.shape[1]], dim=1)
-        left_aw = torch.cat([old_ar.add(old, alpha=FRESH_PART), fresh], dim=1)
+        left_aw = _nearly_orthonormal(torch.cat([old_ar.add(old, alpha=FRESH_PART), fresh], dim=1))
     total = grad_ab.square().sum()
-    for _ in range(MOST_POWER_ITERATIONS):
-        right_bw = grad_ab.mT @ _nearly_orthonormal(left_aw)
+    for iteration in range(MOST_POWER_ITERATIONS):
+        right_bw = grad_ab.mT @ (_nearly_orthonormal(left_aw) if iteration else left_aw)
         left_aw = grad_ab @ _nearly_orthonormal(right_bw)
         before, caught = right_bw.square().sum(), left_aw.square().sum()
         if torch.minimum(caught - before, total - caught) <= SETTLED * caught:
@@ -129,7 +129,9 @@ def _randomized_range(grad_ab: Tensor, rank: int, previous_ar: Tensor | None, ge
     shown = energies > 1e-12 * energies[0]
     energies = energies.where(shown, 0.0)
     basis_ar = torch.where(shown, wide_aw @ rotation_wr / energies.sqrt(), gaussian_aw[:, :rank])  # any direction, where G has no more
-    return _orthonormal(basis_ar).to(grad_ab.dtype), (energies / total).to(grad_ab.dtype)
+    if energies[-1] <= 1e-8 * energies[0]:  # else the eigenvectors have made it orthonormal to 1e-7
+        basis_ar = _orthonormal(basis_ar)
+    return basis_ar.to(grad_ab.dtype), (energies / total).to(grad_ab.dtype)
 
 
 def _nearly_orthonormal(matrix_nw: Tensor) -> Tensor:
