@@ -16,7 +16,7 @@ import dataclasses
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def seconds(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - began
 
 
-def in_turn(works: dict[str, Callable[[], object]], repetitions: int, device: str) -> dict[str, list[float]]:
+def in_turn(works: Mapping[str, Callable[[], object]], repetitions: int, device: str) -> dict[str, list[float]]:
     """Seconds of each work in each repetition; all works take their turn in every repetition, in an order drawn anew."""
     times: dict[str, list[float]] = {name: [] for name in works}
     order, shuffle = list(works), random.Random(0).shuffle

@@ -49,18 +49,18 @@ def basis_and_energies(
 
     Reads numbers from the device, the only place where an update waits for it; the factorisations of a refresh wait anyway.
     """
-    grad_ab = _at_size_one(grad_ab)
-    if grad_ab is None:
+    scaled_ab = _at_size_one(grad_ab)
+    if scaled_ab is None:
         return None
     if subspace == "svd":
-        left, values, _ = torch.linalg.svd(grad_ab, full_matrices=False)
+        left, values, _ = torch.linalg.svd(scaled_ab, full_matrices=False)
         energies = values.square()
         return left[:, :rank], energies[:rank] / energies.sum()
     if subspace == "randomized":
-        return _randomized_range(grad_ab, rank, previous_ar, generator)
-    basis_ar = random_basis(grad_ab, rank, generator)
-    energies, order = (basis_ar.mT @ grad_ab).square().sum(1).sort(descending=True, stable=True)
-    return basis_ar[:, order], energies / grad_ab.square().sum()
+        return _randomized_range(scaled_ab, rank, previous_ar, generator)
+    basis_ar = random_basis(scaled_ab, rank, generator)
+    energies, order = (basis_ar.mT @ scaled_ab).square().sum(1).sort(descending=True, stable=True)
+    return basis_ar[:, order], energies / scaled_ab.square().sum()
 
 
 def find_basis(grad_ab: Tensor, rank: int, *, subspace: str, previous_ar: Tensor | None, generator: torch.Generator) -> Tensor | None:
@@ -86,11 +86,11 @@ def cheap_basis(grad_ab: Tensor, rank: int) -> Tensor | None:
 
     Costs about a pass over the gradient, for use until a matrix's turn for a better basis comes. None as in `basis_and_energies`.
     """
-    grad_ab = _at_size_one(grad_ab)
-    if grad_ab is None:
+    scaled_ab = _at_size_one(grad_ab)
+    if scaled_ab is None:
         return None
-    rows = torch.linalg.vector_norm(grad_ab, dim=1).sort(descending=True, stable=True).indices[:rank]
-    basis_ra = grad_ab.new_zeros(rank, grad_ab.shape[0])
+    rows = torch.linalg.vector_norm(scaled_ab, dim=1).sort(descending=True, stable=True).indices[:rank]
+    basis_ra = scaled_ab.new_zeros(rank, scaled_ab.shape[0])
     return basis_ra.scatter_(1, rows[:, None], 1.0).mT
 
 
