@@ -69,8 +69,7 @@ def difference(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], parts: d
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6), (7, 7)], ids=str)
 @pytest.mark.parametrize("parts", [parts | {"moments": "momentum"} for parts in FISHERS.values()] + list(DIAGONAL.values()), ids=str)
 def test_momentum_does_not_see_the_basis(monkeypatch: pytest.MonkeyPatch, parts: dict, shape: tuple[int, int]) -> None:
-    for turn in (signs, permutation, rotation):
-        assert difference(monkeypatch, shape, parts, turn) < 1e-8
+    assert difference(monkeypatch, shape, parts, rotation) < 1e-8
 
 
 @pytest.mark.parametrize("kind", ["adam", "adafactor"])

@@ -16,7 +16,6 @@ from ngpt.optim.hyper_parameters import FISHERS
 from ngpt.optim.per_layer_hook import attach
 
 BAD = (float("nan"), float("inf"), float("-inf"))
-state_dtypes = pytest.mark.parametrize("state_dtype", ["fp32", "bf16", "8bit"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
@@ -43,14 +42,13 @@ def run(optimizer: AdamW, give_gradients: Callable[..., None], indices: range) -
 
 
 # -------------------------------------------------------------------------------------------------------------- per layer
-@dtypes
-@pytest.mark.parametrize("apply", ["deferred", "immediate"])
+@pytest.mark.parametrize(("apply", "dtype"), [("deferred", torch.bfloat16), ("immediate", torch.float32)], ids=str)
 def test_per_layer_updates_equal_updates_from_whole_gradients(make, make_network, train, loss_of, apply: str, dtype: torch.dtype) -> None:
     whole, layered = make_network(dtype), make_network(dtype)
     optimizers = [make(low_rank_groups(network, rank=4, update_proj_gap=3), state_dtype="8bit") for network in (whole, layered)]
-    train(whole, optimizers[0], range(6))
+    train(whole, optimizers[0], range(4))
     updates = attach(optimizers[1], apply=apply)
-    for index in range(6):
+    for index in range(4):
         updates.begin_update(1)
         updates.begin_micro_batch()
         loss_of(layered, index).backward()
@@ -136,30 +134,29 @@ def test_live_bytes_between_backward_and_step_are_those_of_what_is_kept(make, ma
 
 
 # ------------------------------------------------------------------------------------------------------------- bad values
-@state_dtypes
-@pytest.mark.parametrize("updates_before", [0, 2, 3])
+@pytest.mark.parametrize("state_dtype", ["fp32", "8bit"])
+@pytest.mark.parametrize("updates_before", [0, 3])
 def test_a_guarded_update_from_a_bad_gradient_keeps_every_bit_but_counters(
     make, groups_of, give_gradients, state_dtype: str, updates_before: int
 ) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        for bad in BAD:
-            optimizer = make(groups_of(dtype), state_dtype=state_dtype, rounding="master")
-            run(optimizer, give_gradients, range(updates_before))
-            give_gradients(optimizer, updates_before)
-            for p in parameters(optimizer):
-                p.grad.view(-1)[5] = bad
-                before = bits(optimizer, p, COUNTERS)
-                assert not optimizer.apply_gradient(p, optimizer.reduce_gradient(p, p.grad), guard=True)
-                assert same(before, bits(optimizer, p, COUNTERS))
-                assert optimizer.state[p]["step"] == updates_before + 1
-            run(optimizer, give_gradients, range(updates_before, updates_before + 4))
-            assert all(tensor.isfinite().all() for tensor in all_bits(optimizer))
-            assert all(p.grad.abs().sum() > 0 for p in parameters(optimizer))
+    for dtype, bad in zip((torch.bfloat16, torch.float32, torch.bfloat16), BAD, strict=True):
+        optimizer = make(groups_of(dtype), state_dtype=state_dtype, rounding="master")
+        run(optimizer, give_gradients, range(updates_before))
+        give_gradients(optimizer, updates_before)
+        for p in parameters(optimizer):
+            p.grad.view(-1)[5] = bad
+            before = bits(optimizer, p, COUNTERS)
+            assert not optimizer.apply_gradient(p, optimizer.reduce_gradient(p, p.grad), guard=True)
+            assert same(before, bits(optimizer, p, COUNTERS))
+            assert optimizer.state[p]["step"] == updates_before + 1
+        last = all_bits(optimizer)
+        run(optimizer, give_gradients, range(updates_before, updates_before + 2))
+        assert all(tensor.isfinite().all() for tensor in all_bits(optimizer))
+        assert not same(last, all_bits(optimizer))
 
 
-@dtypes
-def test_a_guarded_update_from_a_good_gradient_is_the_plain_one(make, groups_of, give_gradients, dtype: torch.dtype) -> None:
-    plain, guarded = (make(groups_of(dtype), state_dtype="8bit") for _ in range(2))
+def test_a_guarded_update_from_a_good_gradient_is_the_plain_one(make, groups_of, give_gradients) -> None:
+    plain, guarded = (make(groups_of(torch.bfloat16), state_dtype="8bit") for _ in range(2))
     for index in range(5):
         for optimizer in (plain, guarded):
             give_gradients(optimizer, index)
@@ -242,9 +239,9 @@ def test_a_plain_step_from_a_bad_gradient_shows_in_that_weight_and_in_no_other(m
 
 
 # ------------------------------------------------------------------------------------------------------------------- zero
-@state_dtypes
+@pytest.mark.parametrize("state_dtype", ["fp32", "8bit"])
 def test_zero_gradients_from_the_start_move_nothing_and_spoil_nothing(make, groups_of, give_gradients, state_dtype: str) -> None:
-    for zeros in (1, 25):
+    for zeros in (1, 6):
         optimizer = make(groups_of(), state_dtype=state_dtype, weight_decay=0.0)
         before = [p.detach().clone() for p in parameters(optimizer)]
         for p in parameters(optimizer):
@@ -257,8 +254,7 @@ def test_zero_gradients_from_the_start_move_nothing_and_spoil_nothing(make, grou
         assert not any(torch.equal(old, p.detach()) for old, p in zip(before, parameters(optimizer), strict=True))
 
 
-@pytest.mark.parametrize("size", [1e-6, 1e6])
-@pytest.mark.parametrize("gap", [3, 1000])
+@pytest.mark.parametrize(("size", "gap"), [(1e-6, 3), (1e6, 1000)])
 def test_updates_after_a_zero_gradient_are_as_long_as_usual(make, groups_of, give_gradients, size: float, gap: int) -> None:
     """A layer in front of one that starts at zero sees such gradients. Whatever a Fisher takes from them, the way must not depend on it."""
 
