@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -204,17 +205,10 @@ class AdamW(torch.optim.Optimizer):
         it; only the counters on the CPU move on. Returns whether it was finite (a bool tensor on the device), or None without `guard`.
         """
         finite = reduced.sum(dtype=compute_dtype(p)).isfinite() if guard else None  # NaN, infinity and overflow all end up in the sum
-        if not self._begin_update(p, reduced, finite):
+        if self._begin_update(p, reduced, finite):
+            self._update(p, reduced, finite)
+        else:
             self.state[p]["step"] += 1
-            return finite
-        if finite is None:
-            self._update(p, reduced)
-            return None
-        written = self._written_by_update(p)
-        before = [tensor.clone() for tensor in written]
-        self._update(p, reduced)
-        for tensor, old in zip(written, before, strict=True):
-            tensor.copy_(torch.where(finite, tensor, old))
         return finite
 
     def _is_plain(self, group: dict[str, Any]) -> bool:
@@ -229,12 +223,8 @@ class AdamW(torch.optim.Optimizer):
         """Make final what `reduce_gradient` prepared. False, with nothing changed, if a guarded update turns out to be one to skip."""
         return True
 
-    def _update(self, p: Tensor, reduced: Tensor) -> None:
-        self._update_in_pieces(p, reduced, self.slot(p).group)
-
-    def _written_by_update(self, p: Tensor) -> list[Tensor]:
-        """The tensors (or views of the parts) on the device that `_update` is about to change."""
-        return [p, *(tensor for key, tensor in self.state[p].items() if key not in COUNTERS)]
+    def _update(self, p: Tensor, reduced: Tensor, finite: Tensor | None) -> None:
+        self._update_in_pieces(p, reduced, self.slot(p).group, finite)
 
     def _update_together(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
         """AdamW on small weights that have the dtype of their moments, all at once: on an accelerator, few kernels."""
@@ -250,7 +240,7 @@ class AdamW(torch.optim.Optimizer):
             **_adamw_settings(group),
         )
 
-    def _update_in_pieces(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def _update_in_pieces(self, p: Tensor, grad: Tensor, group: dict[str, Any], finite: Tensor | None) -> None:
         """AdamW on one weight, some rows at a time, so that temporaries (and wider copies of weight and moments) stay small."""
         state = self.state[p]
         state["step"] += 1
@@ -259,12 +249,13 @@ class AdamW(torch.optim.Optimizer):
         pieces = [tensor.split(rows) for tensor in (stored, grad, working)]
         moments = [Stored.of(state, key, stored.shape).split(rows) for key in ("exp_avg", "exp_avg_sq")]
         rounding, moment_rounding = self._rounding_generator(p), self._moment_generator(p, MOMENT_STREAM)
-        for target, grad_piece, weight, first, second in zip(*pieces, *moments, strict=True):
-            m, v, weight = first.read(), second.read(), weight.to(compute_dtype(p))
-            adam.adamw_([weight], [grad_piece.to(m.dtype)], [m], [v], [int(state["step"])], **_adamw_settings(group))
-            first.write_(m, moment_rounding)
-            second.write_(v, moment_rounding)
-            store_weight_(target, weight, rounding)
+        for target, grad_piece, working_piece, first, second in zip(*pieces, *moments, strict=True):
+            with unchanged_unless(finite, [target, working_piece, *first.tensors(), *second.tensors()]):
+                m, v, weight = first.read(), second.read(), working_piece.to(compute_dtype(p))
+                adam.adamw_([weight], [grad_piece.to(m.dtype)], [m], [v], [int(state["step"])], **_adamw_settings(group))
+                first.write_(m, moment_rounding)
+                second.write_(v, moment_rounding)
+                store_weight_(target, weight, rounding)
 
     # ----------------------------------------------------------------------------------------------------------- weights
     def _working_weight(self, p: Tensor) -> Tensor:
@@ -287,6 +278,15 @@ class AdamW(torch.optim.Optimizer):
         if slot.group["rounding"] != "stochastic" or p.dtype != torch.bfloat16:
             return None
         return generator_for(p.device, slot.group["seed"], ROUNDING_STREAM, slot.index, int(self.state[p]["step"]))
+
+
+@contextlib.contextmanager
+def unchanged_unless(finite: Tensor | None, tensors: list[Tensor]) -> Iterator[None]:
+    """What the block does to `tensors` holds only if `finite` (a bool tensor on their device, which nobody waits for; None: it holds)."""
+    before = [] if finite is None else [tensor.clone() for tensor in tensors]
+    yield
+    for tensor, old in zip(tensors, before, strict=False):
+        tensor.copy_(torch.where(finite, tensor, old))
 
 
 def store_weight_(stored: Tensor, weight: Tensor, generator: torch.Generator | None) -> None:

@@ -11,6 +11,8 @@ root in the parameter's dtype. Letters: r rank, b long side.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -70,15 +72,19 @@ def rotate_factor_(state: State, change_rr: Tensor) -> None:
     state["fisher_factor"].copy_(_packed(change_rr @ factor_rr @ change_rr.mT))
 
 
+@functools.lru_cache(maxsize=16)
+def _triangle(rank: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the entries of the upper triangle are in a symmetric (r, r) matrix, and where all of its entries are in the triangle."""
+    rows, columns = torch.triu_indices(rank, rank, device=device)
+    places_rr = torch.empty(rank, rank, dtype=torch.int64, device=device)
+    places_rr[rows, columns] = places_rr[columns, rows] = torch.arange(len(rows), device=device)
+    return rows * rank + columns, places_rr.flatten()
+
+
 def _packed(symmetric_rr: Tensor) -> Tensor:
     rank = symmetric_rr.shape[0]
-    rows, columns = torch.triu_indices(rank, rank, device=symmetric_rr.device)
-    return symmetric_rr[rows, columns]
+    return symmetric_rr.flatten().index_select(0, _triangle(rank, symmetric_rr.device)[0])
 
 
 def _unpacked(triangle: Tensor, rank: int) -> Tensor:
-    rows, columns = torch.triu_indices(rank, rank, device=triangle.device)
-    symmetric_rr = triangle.new_empty(rank, rank)
-    symmetric_rr[rows, columns] = triangle
-    symmetric_rr[columns, rows] = triangle
-    return symmetric_rr
+    return triangle.index_select(0, _triangle(rank, triangle.device)[1]).view(rank, rank)

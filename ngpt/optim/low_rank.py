@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ngpt.optim import complement, diagonal_fisher, factored_fisher, moments, natural_gradient, rotation
-from ngpt.optim.adamw import BASIS_STREAM, COUNTERS, MOMENT_STREAM, ROTATION_STREAM, AdamW, store_weight_
+from ngpt.optim.adamw import BASIS_STREAM, COUNTERS, MOMENT_STREAM, ROTATION_STREAM, AdamW, store_weight_, unchanged_unless
 from ngpt.optim.hyper_parameters import PROJECTION_KEYS, check_matrix, complete_parts
 from ngpt.optim.projection import basis_and_energies, cheap_basis, lift_onto_, project, short_side_first
 from ngpt.optim.rounding import generator_for
-from ngpt.optim.storage import compute_dtype
+from ngpt.optim.storage import compute_dtype, zeros
 
 GOLDEN_RATIO = 0.6180339887498949
 FIRST_TURNS = 20  # updates over which a staggered run spreads the first search for the bases of its matrices
@@ -83,31 +83,30 @@ class LowRankAdamW(AdamW):
         state = {key: torch.zeros((), dtype=torch.int64) for key in ("step", "refreshes", "cleared_at")}
         width = long
         if group["rank"] != "full":
-            state["basis"] = torch.zeros(short, rank, dtype=p.dtype, device=p.device)
+            state["basis"] = zeros([short, rank], p.dtype, p.device)
         if group["proj_type"] == "full":
-            state["basis_long"] = torch.zeros(long, rank, dtype=p.dtype, device=p.device)
+            state["basis_long"] = zeros([long, rank], p.dtype, p.device)
             width = rank
         if group["min_rank"] is not None:
             state["rank"] = torch.tensor(rank, dtype=torch.int64)
             for key in ("low_norm", "low_norm_at_refresh"):
-                state[key] = torch.zeros((), dtype=compute_dtype(p), device=p.device)
+                state[key] = zeros([], compute_dtype(p), p.device)
         state |= moments.allocate_moments(group["moments"], torch.Size((rank, width)), group["state_dtype"], p)
         match group["fisher"]:
             case "history" | "two_sided":
-                state["history"] = torch.zeros(group["history"], rank * width, dtype=p.dtype, device=p.device)
-                state["gram"] = torch.zeros(group["history"], group["history"], dtype=torch.float64, device=p.device)
+                state["history"] = zeros([group["history"], rank * width], p.dtype, p.device)
+                state["gram"] = zeros([group["history"], group["history"]], torch.float64, p.device)
             case "factored":
                 state |= factored_fisher.allocate_factor(rank, p)
             case "diagonal":
                 state |= diagonal_fisher.allocate_means(short, long, compute_dtype(p), p.device)
         if group["complement"] != "none" or group["fisher"] == "diagonal":
-            state["update_norm"] = torch.zeros((), dtype=compute_dtype(p), device=p.device)
+            state["update_norm"] = zeros([], compute_dtype(p), p.device)
         return state | self._allocate_master(p, group)
 
     def _written_by_update(self, p: Tensor) -> list[Tensor]:
+        """The tensors (or views of the parts) on the device that the update of a matrix is about to change."""
         group, state = self.slot(p).group, self.state[p]
-        if self._is_plain(group):
-            return super()._written_by_update(p)
         written = [state[key] for key in state if key not in COUNTERS | {"basis", "basis_long", "history"}]
         if "history" in state:
             written.append(state["history"][int(state["step"]) % group["history"]])
@@ -215,7 +214,7 @@ class LowRankAdamW(AdamW):
             return False
         state, group = self.state[p], self.slot(p).group
         old = self._bases(state)
-        if group["on_refresh"] == "rotate":
+        if group["on_refresh"] == "rotate" and _moment_age(state) > 0:
             self._rotate(p, tuple(rotation.change_of_basis(new, was) for new, was in zip(fresh, old, strict=True)))
         elif group["on_refresh"] == "reset":
             moments.clear_moments_(state)
@@ -241,14 +240,17 @@ class LowRankAdamW(AdamW):
             state["gram"].copy_(natural_gradient.gram_matrix(state["history"], sum_over_shards=self.sum_over_shards))
         if "fisher_factor" in state:
             factored_fisher.rotate_factor_(state, changes[0])
-            if _moment_age(state):
-                self._find_root(state, group, changes[0].shape[0])
+            self._find_root(state, group, changes[0].shape[0])
 
-    def _update(self, p: Tensor, reduced: Tensor) -> None:
-        group, state = self.slot(p).group, self.state[p]
-        if self._is_plain(group):
-            super()._update(p, reduced)
+    def _update(self, p: Tensor, reduced: Tensor, finite: Tensor | None) -> None:
+        if self._is_plain(self.slot(p).group):
+            super()._update(p, reduced, finite)
             return
+        with unchanged_unless(finite, self._written_by_update(p)):
+            self._update_matrix(p, reduced)
+
+    def _update_matrix(self, p: Tensor, reduced: Tensor) -> None:
+        group, state = self.slot(p).group, self.state[p]
         low = self._project(p, reduced) if self.keeps_full_gradient(p) else reduced
         natural = self._precondition(p, low)  # counts the update
         rounding = self._moment_generator(p, MOMENT_STREAM)
@@ -258,9 +260,10 @@ class LowRankAdamW(AdamW):
         weight = self._working_weight(p)
         weight_ab = short_side_first(weight)
         if group["fisher"] == "diagonal":
-            update_ab = self._diagonal_update(state, group, short_side_first(reduced), low, direction * correction)
-            limit = complement.limit_growth_(state["update_norm"], torch.linalg.vector_norm(update_ab))
-            weight_ab.addcmul_(update_ab, limit, value=-group["scale"] * lr)
+            update_ab, u_a = self._diagonal_update(state, group, short_side_first(reduced), low, direction * correction)
+            norm = torch.linalg.vector_norm(u_a * torch.linalg.vector_norm(update_ab, dim=1))
+            u_a = u_a * complement.limit_growth_(state["update_norm"], norm)
+            weight_ab.addcmul_(update_ab, u_a[:, None], value=-group["scale"] * lr)
         else:
             factor = -group["scale"] * lr * correction
             if group["complement"] == "fira":
@@ -305,19 +308,21 @@ class LowRankAdamW(AdamW):
     def _find_root(self, state: dict[str, Tensor], group: dict[str, Any], rank: int) -> None:
         factored_fisher.find_root_(state, rank, group["betas"][1], _moment_age(state), group["damping"])
 
-    def _diagonal_update(self, state: dict[str, Tensor], group: dict[str, Any], grad_ab: Tensor, low: Tensor, mean: Tensor) -> Tensor:
-        """D o (P M^ + G - P P'G), or D o P M^ without the complement, shape (a, b), with M^ = `mean`."""
+    def _diagonal_update(
+        self, state: dict[str, Tensor], group: dict[str, Any], grad_ab: Tensor, low: Tensor, mean: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """D o (P M^ + G - P P'G), or D o P M^ without the complement, as (X, u) with D o (...) = diag(u) X; M^ is `mean`."""
         diagonal_fisher.remember_(state, grad_ab, group["betas"][1])
         u_a, w_b = diagonal_fisher.scales(state, group["betas"][1], int(state["step"]), group["damping"])
         if "basis" not in state:
-            return u_a[:, None] * mean * w_b
+            return mean * w_b, u_a
         if group["complement"] == "raw":
             update_ab = grad_ab * w_b
             self._lift_onto_(update_ab, state, (mean - low) * w_b, 1.0)
         else:
             update_ab = torch.zeros_like(grad_ab, dtype=mean.dtype)
             self._lift_onto_(update_ab, state, mean * w_b, 1.0)
-        return update_ab.mul_(u_a[:, None])
+        return update_ab, u_a
 
     def _apply_complement_(
         self, state: dict[str, Tensor], weight_ab: Tensor, grad_ab: Tensor, low_rb: Tensor, direction_rb: Tensor, factor: float

@@ -92,9 +92,9 @@ class ReLoRA(AdamW):
     def _is_plain(self, group: dict[str, Any]) -> bool:
         return False  # the rate is lower after a merge
 
-    def _update(self, p: Tensor, reduced: Tensor) -> None:
+    def _update(self, p: Tensor, reduced: Tensor, finite: Tensor | None) -> None:
         group = self.slot(p).group
-        self._update_in_pieces(p, reduced, group | {"lr": float(group["lr"]) * self._warmup_after_merge(p)})
+        self._update_in_pieces(p, reduced, group | {"lr": float(group["lr"]) * self._warmup_after_merge(p)}, finite)
 
     def _warmup_after_merge(self, p: Tensor) -> float:
         """The factor on the rate of the coming update."""

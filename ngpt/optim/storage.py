@@ -7,6 +7,7 @@ some rows at a time, so that temporaries stay small.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,17 +40,22 @@ def rows_per_piece(tensor: Tensor, state: dict[str, Tensor]) -> int:
     return -(-rows // unit) * unit
 
 
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that are written, and so have their memory pages, now: `torch.zeros` would leave those to the first update."""
+    return torch.empty(shape, dtype=dtype, device=device).zero_()
+
+
 def allocate(key: str, shape: torch.Size, state_dtype: str, like: Tensor) -> dict[str, Tensor]:
     """Zero state tensors for a moment of this shape of the parameter `like`: `key` itself and, with 8 bits, `key`_scale."""
     if state_dtype == "8bit":
         num_codes, num_scales = quantization.code_shapes(shape.numel())
         return {
-            key: torch.zeros(num_codes, dtype=torch.uint8, device=like.device),
-            f"{key}_scale": torch.zeros(num_scales, dtype=torch.float32, device=like.device),
+            key: zeros([num_codes], torch.uint8, like.device),
+            f"{key}_scale": zeros([num_scales], torch.float32, like.device),
         }
     dtype = compute_dtype(like) if state_dtype == "fp32" else torch.bfloat16
     same_layout = shape == like.shape  # also that of a transposed weight, so that arithmetic with it does not stride
-    return {key: torch.zeros_like(like, dtype=dtype) if same_layout else torch.zeros(shape, dtype=dtype, device=like.device)}
+    return {key: torch.empty_like(like, dtype=dtype).zero_() if same_layout else zeros(shape, dtype, like.device)}
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,10 @@ class Stored:
             num_codes, num_scales = quantization.code_shapes(shape.numel())
             return Stored(values[:num_codes], scales[:num_scales], shape, SIGNED[key])
         return Stored(values[: shape[0]], None, shape, SIGNED[key])
+
+    def tensors(self) -> list[Tensor]:
+        """The parts of the state that hold it."""
+        return [self.values] if self.scales is None else [self.values, self.scales]
 
     def split(self, rows: int) -> list[Stored]:
         """Pieces of so many rows (a number from `rows_per_piece`), in order."""
