@@ -138,7 +138,7 @@ class Device(TorchDispatchMode):
 def test_an_update_away_from_a_refresh_never_waits_for_the_device(
     monkeypatch: pytest.MonkeyPatch, make, groups_of, give_gradients, dtype: torch.dtype, state_dtype: str
 ) -> None:
-    """A root of the factored Fisher (every 20 updates), a factorisation, is not among these updates, nor a look at convergence (every 10)."""
+    """No root of a factored Fisher (every 20 updates), a factorisation, is among these updates, and no look at convergence (every 10)."""
     monkeypatch.setattr(low_rank, "FIRST_TURNS", 2)
     optimizer = make(groups_of(dtype, update_proj_gap=1000), state_dtype=state_dtype)
     for index in range(6):
