@@ -126,9 +126,10 @@ def build_optimizer(model: nn.Module, *, config: OptimizerConfig, precision: str
     if isinstance(config, LoRAConfig):
         return _build_lora(model, config, shared)
     assert isinstance(config, LowRankConfig)
-    groups = low_rank_groups(model, rank=config.rank, update_proj_gap=config.update_proj_gap, scale=config.scale)
+    of_groups = {name: getattr(config, name) for name in ("rank", "update_proj_gap", "scale", "embeddings")}
+    groups = low_rank_groups(model, **of_groups)
     own = {field.name for field in dataclasses.fields(config)} - {field.name for field in dataclasses.fields(OptimizerConfig)}
-    options = {name: getattr(config, name) for name in own - {"rank", "update_proj_gap", "scale"}}  # settings and arguments share names
+    options = {name: getattr(config, name) for name in own - of_groups.keys()}  # settings and arguments share names
     return _LOW_RANK[type(config)](groups, **shared, **options)
 
 

@@ -20,6 +20,7 @@ MUST_STAY = (
     "optimizer.fisher",
     "optimizer.history",
     "optimizer.proj_type",
+    "optimizer.embeddings",
     "optimizer.moments",
     "optimizer.complement",
     "optimizer.state_dtype",

@@ -147,7 +147,7 @@ class AdamWConfig(OptimizerConfig):
 
 @dataclass
 class LowRankConfig(OptimizerConfig):
-    """What optimizers on projected gradients have in common. Embedding, head and norms get plain AdamW."""
+    """What optimizers on projected gradients have in common. Norms, and as a rule embedding and head, get plain AdamW."""
 
     lr: float = setting(1e-2, "peak learning rate", above=0)
     eps: float = setting(1e-6, "added to the root of the second moment", above=0)
@@ -160,6 +160,7 @@ class LowRankConfig(OptimizerConfig):
     stagger: bool = setting(True, "spread the refreshes of different matrices over update_proj_gap steps")
     moments: str = setting("adam", "of projected gradients: Adam's; Adam's with a factored second one; only the first",
                            choices=("adam", "adafactor", "momentum"))
+    embeddings: bool = setting(False, "project embedding and head as well, at scale 1, instead of plain AdamW")
     complement: str = setting("none", "fira: add back what the projection dropped, scaled by column; needs full gradients at the update",
                               choices=("none", "fira"))
 

@@ -15,21 +15,25 @@ def low_rank_groups(
     update_proj_gap: int = 200,
     scale: float = 0.25,
     targets: Sequence[str] | None = None,
+    embeddings: bool = False,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Two groups of (name, parameter) pairs that hold every trainable parameter once: plain AdamW first, then the projected matrices.
+    """Groups of (name, parameter) pairs that hold every trainable parameter once: plain AdamW first, then the projected matrices.
 
     Projected are the weights of `nn.Linear` layers whose shorter side is above `rank`, but no embedding or head: no weight that an
     `nn.Embedding` shares, and none with a name that has a part ending in "head" or containing "embed". In a LLaMA these are the
     attention and MLP matrices. With `targets`, the matrices whose name contains any of these strings are projected instead, whatever
-    their layer. `options` go to the projected group.
+    their layer. With `embeddings`, embedding and head are projected too, in a third group with scale 1: their step stays as large as
+    AdamW's. `options` go to the projected groups.
 
-    Raises ValueError if nothing is left to project, or a target matches no matrix.
+    Raises ValueError if nothing is left to project, a target matches no matrix, or both `targets` and `embeddings` are given.
     """
+    if targets is not None and embeddings:
+        raise ValueError("give either targets or embeddings=True: targets name all the matrices that are projected")
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]  # a tied weight comes once, under its first name
+    linear = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
+    embedded = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     if targets is None:
-        linear = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
-        embedded = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
         low_rank = {name for name, p in named if p in linear - embedded and min(p.shape) > rank and not _is_embedding_or_head(name)}
     else:
         matrices = [name for name, p in named if p.ndim == 2]
@@ -42,14 +46,14 @@ def low_rank_groups(
             f"no matrix to project: rank = {rank} must be below the shorter side of at least one linear layer "
             "that is neither embedding nor head (or name some with targets=[...])"
         )
-    plain = {"params": [(name, p) for name, p in named if name not in low_rank]}
-    projected = {
-        "params": [(name, p) for name, p in named if name in low_rank],
-        "rank": rank,
-        "update_proj_gap": update_proj_gap,
-        "scale": scale,
-    }
-    return [group for group in (plain, projected | options) if group["params"]]
+    outer = {name for name, p in named if embeddings and p in linear | embedded and name not in low_rank and min(p.shape) > rank}
+    shared = {"rank": rank, "update_proj_gap": update_proj_gap} | options
+    groups = [
+        {"params": [(name, p) for name, p in named if name not in low_rank | outer]},
+        {"params": [(name, p) for name, p in named if name in low_rank], "scale": scale} | shared,
+        {"params": [(name, p) for name, p in named if name in outer], "scale": 1.0} | shared,
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def _is_embedding_or_head(name: str) -> bool:

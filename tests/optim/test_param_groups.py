@@ -63,6 +63,21 @@ def test_matrices_too_small_for_the_rank_and_frozen_ones(make_network) -> None:
     assert "square.weight" not in names(groups, projected=False)
 
 
+def test_embedding_and_head_are_projected_at_scale_one_if_asked_for(make_network) -> None:
+    network = make_network()
+    plain, inner, outer = low_rank_groups(network, rank=4, scale=0.5, embeddings=True, stagger=False)
+    assert {name for name, _ in outer["params"]} == {"embed_tokens.weight", "lm_head.weight"}
+    assert (inner["scale"], outer["scale"]) == (0.5, 1.0)
+    assert all(p.ndim == 1 for _, p in plain["params"])
+    assert all(group["stagger"] is False and group["rank"] == 4 for group in (inner, outer))
+    NaturalGaLore([plain, inner, outer], fisher="diagonal")
+
+
+def test_targets_and_embeddings_exclude_each_other(make_network) -> None:
+    with pytest.raises(ValueError, match="either targets or embeddings"):
+        low_rank_groups(make_network(), rank=4, targets=["up"], embeddings=True)
+
+
 def test_targets_choose_by_name(make_network) -> None:
     groups = low_rank_groups(make_network(), rank=4, targets=["up", "lm_head"])
     assert names(groups, projected=True) == {"up.weight", "lm_head.weight"}
