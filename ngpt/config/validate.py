@@ -239,6 +239,9 @@ def _rank_range(config: RunConfig, world_size: int) -> Iterator[str]:
     if isinstance(optimizer, AdaRankGradConfig) and optimizer.min_rank > optimizer.rank:
         rule = f"must not be above the largest rank, optimizer.rank = {optimizer.rank}"
         yield problem("optimizer.min_rank", optimizer.min_rank, rule, f"set optimizer.min_rank={optimizer.rank} or lower")
+    if isinstance(optimizer, AdaRankGradConfig) and optimizer.on_refresh == "keep":
+        rule = "cannot keep moments of one rank at another, and the rank of optimizer=adarankgrad adapts"
+        yield problem("optimizer.on_refresh", "keep", rule, "set optimizer.on_refresh=rotate or reset")
 
 
 @_rule("optimizer.merge_every", "optimizer.restart_warmup_steps")

@@ -114,6 +114,11 @@ def complete_parts(group: Mapping[str, Any], defaults: Mapping[str, Any], where:
         (fisher != "diagonal" or complement != "fira", "fisher", 'complement "raw" or "none"'),
         (complement != "raw" or fisher == "diagonal", "complement", 'fisher="diagonal", which scales it'),
         (complement == "none" or projects, "complement", "a rank below both sides: without a projection nothing is dropped"),
+        (
+            settings["min_rank"] is None or settings["on_refresh"] != "keep",
+            "on_refresh",
+            '"rotate" or "reset" where the rank adapts: moments of one rank mean nothing at another',
+        ),
         (settings["min_rank"] is None or projects, "min_rank", "a number as rank, the largest one"),
         (settings["min_rank"] is None or not projects or settings["min_rank"] <= rank, "min_rank", f"rank >= min_rank, but rank = {rank}"),
     )

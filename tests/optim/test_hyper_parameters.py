@@ -97,6 +97,7 @@ def test_every_rule_is_of_an_argument_of_some_class() -> None:
         (GaLore, {"complement": "fira", "rank": "full"}, "complement = 'fira' needs a rank below both sides"),
         (NaturalGaLore, {"fisher": "diagonal", "complement": "raw", "rank": "full"}, "complement = 'raw' needs a rank below both sides"),
         (AdaRankGrad, {"rank": "full"}, "min_rank = 1 needs a number as rank"),
+        (AdaRankGrad, {"on_refresh": "keep"}, 'on_refresh = \'keep\' needs "rotate" or "reset"'),
         (AdaRankGrad, {"min_rank": 3}, "min_rank = 3 needs rank >= min_rank, but rank = 2"),
     ],
 )
