@@ -24,6 +24,8 @@ DEFAULTS = {
     "moments": None,
     "complement": None,
     "min_rank": None,
+    "on_refresh": "rotate",
+    "converged_below": 0.0,
 }
 
 
