@@ -39,14 +39,18 @@ def remember_(state: State, covariance_rr: Tensor, beta2: float) -> None:
 
 
 def find_root_(state: State, rank: int, beta2: float, t: int, damping: float) -> None:
-    """Compute (A^ + lambda tr(A^)/r I)^(-1/2) after t updates of A and keep it. Zero where A is zero: of what, nothing is known yet."""
+    """Compute (A^ + lambda tr(A^)/r I)^(-1/2) after t updates of A and keep it. Zero where A is zero: of what, nothing is known yet.
+
+    NaN if A is not finite, as an update from a bad gradient is anywhere else.
+    """
     factor_rr = _unpacked(state["fisher_factor"], rank) / (1 - beta2**t)
-    eigenvalues_r, vectors_rr = torch.linalg.eigh(factor_rr)
+    finite = factor_rr.isfinite().all()
+    eigenvalues_r, vectors_rr = torch.linalg.eigh(torch.where(finite, factor_rr, 0.0))  # which would raise for what is not finite
     mean = eigenvalues_r.clamp(min=0).mean()
     floor = torch.finfo(factor_rr.dtype).tiny
     powers_r = (eigenvalues_r.clamp(min=0) + damping * mean).clamp(min=floor).rsqrt()
     root_rr = (vectors_rr * torch.where(mean > floor, powers_r, torch.zeros_like(powers_r))) @ vectors_rr.mT
-    state["fisher_root"].copy_(_packed(root_rr))
+    state["fisher_root"].copy_(torch.where(finite, _packed(root_rr), torch.nan))
 
 
 def start_root_(state: State, rank: int, beta2: float, t: int) -> None:

@@ -285,6 +285,24 @@ def test_a_factored_root_makes_the_rows_uncorrelated_at_any_size(dtype: torch.dt
     torch.testing.assert_close(white @ white.mT / 50, torch.eye(4, dtype=low.dtype), atol=tolerance, rtol=0)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_gradient_in_the_update_that_finds_a_root_is_skipped_or_shows_but_does_not_raise(bad: float) -> None:
+    """An eigendecomposition of NaN raises, half-way through a step that has changed the weights before this one."""
+    for guard in (True, False):
+        weight = torch.nn.Parameter(torch.ones(6, 8))
+        optimizer = NaturalGaLore([{"params": [weight], "rank": 2}], lr=0.01, fisher="factored")
+        for index in range(factored_fisher.ROOT_INTERVAL - 1):
+            weight.grad = torch.randn(6, 8, generator=torch.Generator().manual_seed(index))
+            optimizer.step()
+        before = [weight.detach().clone(), *(optimizer.state[weight][key].clone() for key in ("fisher_factor", "fisher_root"))]
+        optimizer.apply_gradient(weight, optimizer.reduce_gradient(weight, torch.full((6, 8), bad)), guard=guard)
+        after = [weight.detach(), *(optimizer.state[weight][key] for key in ("fisher_factor", "fisher_root"))]
+        if guard:
+            assert all(map(torch.equal, before, after))
+        else:
+            assert not any(tensor.isfinite().any() for tensor in after)
+
+
 def test_a_factored_root_starts_with_the_first_gradient_that_shows_a_scale_and_not_before() -> None:
     state = factored_fisher.allocate_factor(3, torch.zeros(1))
     for t in (1, 2):
