@@ -33,7 +33,8 @@ class LowRankAdamW(AdamW):
     correction counts from there). Bases, history and root have the parameter's dtype, moments that of `state_dtype`, the Gram matrix is
     fp64, the rest fp32.
 
-    `sum_over_shards` (identity) is called on every sum over the entries of projected gradients, for owners that hold only a part of them.
+    `sum_over_shards` (identity) is called on the sums over projected gradients that history and factored Fisher need, for owners that hold
+    only a part of their columns. (Factored second moments, complements, the diagonal Fisher and the look at convergence take whole ones.)
     """
 
     def _set_up(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
@@ -149,7 +150,7 @@ class LowRankAdamW(AdamW):
             return
         due = first and self._refresh_is_due(p)
         if due or int(state["refreshes"]) == 0:
-            bases = self._find_bases(p, short_side_first(grad), in_earnest=due or not self.slot(p).group["stagger"])
+            bases = self._find_bases(p, short_side_first(grad), first=first, in_earnest=due or not self.slot(p).group["stagger"])
             if bases is not None:
                 self._fresh_bases[p] = tuple(basis.to(state["basis"].dtype) for basis in bases)
 
@@ -171,16 +172,16 @@ class LowRankAdamW(AdamW):
             return False
         return bool(state["low_norm"] <= group["converged_below"] * state["low_norm_at_refresh"])
 
-    def _find_bases(self, p: Tensor, grad_ab: Tensor, *, in_earnest: bool) -> Bases | None:
+    def _find_bases(self, p: Tensor, grad_ab: Tensor, *, first: bool, in_earnest: bool) -> Bases | None:
         """New bases from a gradient, or None. If not in earnest, the cheapest ones, until the turn of the matrix comes."""
         sides = [grad_ab, grad_ab.mT][: 2 if "basis_long" in self.state[p] else 1]
         if in_earnest:
-            bases = [self._search_basis(p, side_grad, side) for side, side_grad in enumerate(sides)]
+            bases = [self._search_basis(p, side_grad, side, first) for side, side_grad in enumerate(sides)]
         else:
             bases = [cheap_basis(side_grad, self.slot(p).group["rank"]) for side_grad in sides]
         return None if any(basis is None for basis in bases) else tuple(basis for basis in bases if basis is not None)
 
-    def _search_basis(self, p: Tensor, side_grad: Tensor, side: int) -> Tensor | None:
+    def _search_basis(self, p: Tensor, side_grad: Tensor, side: int, first: bool) -> Tensor | None:
         slot, state = self.slot(p), self.state[p]
         refreshes = int(state["refreshes"])
         found = basis_and_energies(
@@ -190,7 +191,11 @@ class LowRankAdamW(AdamW):
             previous_ar=self._bases(state)[side] if refreshes else None,
             generator=generator_for(p.device, slot.group["seed"], BASIS_STREAM, slot.index, refreshes, side),
         )
-        return None if found is None else found[0][:, : self._rank_for(found[1], slot.group)]
+        if found is None:
+            return None
+        basis_ar, energies_r = found
+        # After the first micro-batch the rank stays: what is kept of the others, zero as there was no basis, has as many rows.
+        return basis_ar[:, : self._rank_for(energies_r, slot.group)] if first else basis_ar
 
     def _rank_for(self, energies: Tensor, group: dict[str, Any]) -> int:
         """The smallest rank that keeps the share `energy` of the squared gradient, between `min_rank` and `rank`."""

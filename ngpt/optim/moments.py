@@ -59,6 +59,7 @@ def direction(kind: str, state: State, low_rb: Tensor, betas: tuple[float, float
     seconds = Stored.of(state, "exp_avg_sq", low_rb.shape).split(rows) if kind == "adam" else firsts
     for number, (grad, out, first, second) in enumerate(zip(low_rb.split(rows), result.split(rows), firsts, seconds, strict=True)):
         m = first.read()
+        grad = grad.to(m.dtype)  # fp64 gradients meet fp32 copies of moments in fewer bits
         if kind == "adam":
             v = second.read()
             adam.update_moments_(m, v, grad, betas)
@@ -89,17 +90,18 @@ def rotate_moments_(
     """
     if t == 0:  # all zero
         return
-    (new_rank, old_rank), along_long = changes[0].shape, changes[1:]
+    new_rank, old_rank = changes[0].shape
     old, new = torch.Size((old_rank, width)), torch.Size((new_rank, width))
     first = Stored.of(state, "exp_avg", old).read()
+    across, *along_long = (change_rr.to(first.dtype) for change_rr in changes)
     if kind == "adam":
         second = Stored.of(state, "exp_avg_sq", old).read()
-        first, second = rotation.rotate_moments(changes[0], first, second, betas, t)
+        first, second = rotation.rotate_moments(across, first, second, betas, t)
         for change_rr in along_long:
             first, second = (turned.mT for turned in rotation.rotate_moments(change_rr, first.mT, second.mT, betas, t))
         _replace_(state, "exp_avg_sq", second, new, generator)
     else:
-        first = changes[0] @ first
+        first = across @ first
         for change_rr in along_long:
             first = first @ change_rr.mT
     _replace_(state, "exp_avg", first, new, generator)

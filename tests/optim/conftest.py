@@ -46,6 +46,7 @@ def make(request: pytest.FixtureRequest) -> Make:
         return method(groups, lr=0.01, **({key: value for key, value in settings.items() if key != "rank"} | options))
 
     build.adapts_rank = method is AdaRankGrad
+    build.is_low_rank = method is not AdamW
     return build
 
 

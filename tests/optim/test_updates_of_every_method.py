@@ -80,6 +80,23 @@ def test_micro_batches_equal_one_step_on_their_sum_in_every_space(make, make_net
             torch.testing.assert_close(p, q, atol=1e-8, rtol=1e-8)
 
 
+def test_a_first_micro_batch_without_gradient_adds_nothing(make, groups_of) -> None:
+    """It chooses no basis, nor a rank; the second one does."""
+    low_rank_gradient = torch.outer(torch.arange(1.0, 13.0), torch.ones(12))
+    for stagger in (True, False):
+        optimizer = make(groups_of(), **({"stagger": stagger} if make.is_low_rank else {}))
+        updates = attach(optimizer)
+        before = [p.detach().clone() for p in parameters(optimizer)]
+        updates.begin_update(2)
+        for factor in (0.0, 1.0):
+            updates.begin_micro_batch()
+            grads = [low_rank_gradient[: p.shape[0], : p.shape[-1]] if p.ndim == 2 else torch.ones_like(p) for p in parameters(optimizer)]
+            sum((factor * grad * p).sum() for grad, p in zip(grads, parameters(optimizer), strict=True)).backward()
+        updates.step()
+        updates.detach()
+        assert not any(torch.equal(old, p.detach()) for old, p in zip(before, parameters(optimizer), strict=True))
+
+
 def test_what_is_kept_of_a_gradient_is_linear_in_it_and_touches_nothing(make, groups_of, give_gradients) -> None:
     optimizer = make(groups_of(torch.float64))
     run(optimizer, give_gradients, range(3))
@@ -321,6 +338,16 @@ def test_bf16_weights_follow_fp32_ones(make, groups_of, give_gradients) -> None:
         way, other = p.detach() - old, rounded.state[q]["master"] - old.bfloat16()
         cosine = nn.functional.cosine_similarity(way.flatten(), other.flatten(), dim=0)
         assert cosine > (0.7 if "basis_long" in rounded.state[q] else 0.97)
+
+
+@pytest.mark.parametrize("state_dtype", ["bf16", "8bit"])
+def test_fp64_weights_take_moments_in_fewer_bits(make, groups_of, give_gradients, state_dtype: str) -> None:
+    exact, fewer = make(groups_of(torch.float64)), make(groups_of(torch.float64), state_dtype=state_dtype)
+    start = [p.detach().clone() for p in parameters(exact)]
+    for optimizer in (exact, fewer):
+        run(optimizer, give_gradients, range(5))  # with a refresh
+    for p, q, old in zip(parameters(exact), parameters(fewer), start, strict=True):
+        assert nn.functional.cosine_similarity((p - old).flatten(), (q - old).flatten(), dim=0) > 0.9
 
 
 @dtypes
