@@ -83,6 +83,8 @@ class AdamW(torch.optim.Optimizer):
         check_hyper_parameters(settings, self.accepted_keys(), where)
         param_group = self._complete_group(param_group, where)
         params = param_group.get("params", [])
+        if isinstance(params, set):
+            raise ValueError(f"{where}: its parameters are a set, which has no fixed order for a saved state to follow; give a list")
         params = [params] if isinstance(params, Tensor) else list(params)
         if not params:
             raise ValueError(f"{where}: it has no parameters")

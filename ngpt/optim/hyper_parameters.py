@@ -120,6 +120,7 @@ def complete_parts(group: Mapping[str, Any], defaults: Mapping[str, Any], where:
             '"rotate" or "reset" where the rank adapts: moments of one rank mean nothing at another',
         ),
         (settings["min_rank"] is None or projects, "min_rank", "a number as rank, the largest one"),
+        (settings["min_rank"] is not None or not projects or not settings["converged_below"], "converged_below", "a min_rank"),
         (settings["min_rank"] is None or not projects or settings["min_rank"] <= rank, "min_rank", f"rank >= min_rank, but rank = {rank}"),
     )
     for holds, key, rule in rules:

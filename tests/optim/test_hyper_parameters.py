@@ -98,6 +98,7 @@ def test_every_rule_is_of_an_argument_of_some_class() -> None:
         (NaturalGaLore, {"fisher": "diagonal", "complement": "raw", "rank": "full"}, "complement = 'raw' needs a rank below both sides"),
         (AdaRankGrad, {"rank": "full"}, "min_rank = 1 needs a number as rank"),
         (AdaRankGrad, {"on_refresh": "keep"}, 'on_refresh = \'keep\' needs "rotate" or "reset"'),
+        (AdaRankGrad, {"min_rank": None}, "converged_below = 0.5 needs a min_rank"),
         (AdaRankGrad, {"min_rank": 3}, "min_rank = 3 needs rank >= min_rank, but rank = 2"),
     ],
 )
@@ -136,6 +137,7 @@ def test_bad_groups_of_every_method(make) -> None:
         ([{"params": [("a", shared)]}, {"params": [("b", shared)], "rank": 2}], r"^group 1, parameter b: it is in this or another group"),
         ([{"params": [shared]}, {"params": [], "rank": 2}], "^group 1: it has no parameters"),
         ([{"params": []}], "^group 0: it has no parameters"),
+        ([{"params": {shared}}], "^group 0: its parameters are a set, which has no fixed order"),
     ):
         with pytest.raises(ValueError, match=message):
             make(groups)
