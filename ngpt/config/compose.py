@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ngpt.config.problems import ConfigError, problem, shown
 from ngpt.config.schema import GROUPS, RunConfig
-from ngpt.config.suggest import nearest, nearest_settings, unknown_setting
+from ngpt.config.suggest import nearest, nearest_settings, unknown_setting, variants_with
 from ngpt.config.validate import validate
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
@@ -83,12 +83,19 @@ def check_arguments(argv: Sequence[str], *, world_size: int = 1, check_files: bo
     choices, choice_problems = _group_choices(overrides)
     problems += choice_problems
     values = [override for override in overrides if override.key_or_group not in choices | GROUPS.keys() | {"experiment"}]
-    jobs = itertools.product(*([f"{group}={choice}" for choice in chosen] for group, chosen in choices.items()))
-    configs = [_compose(list(job)) for job in jobs]
-    problems += [line for config in configs for override in values for line in _override_problems(override, config)]
+    unfit: list[str] = []
+    configs: list[DictConfig] = []
+    for job in itertools.product(*([f"{group}={choice}" for choice in chosen] for group, chosen in choices.items())):
+        try:
+            configs.append(_compose(list(job)))
+        except ConfigError as error:
+            unfit += error.problems
+            configs.append(_compose([choice for choice in job if not choice.startswith("experiment=")]))
+    problems += [*unfit, *(line for config in configs for override in values for line in _override_problems(override, config))]
     if problems:
         named = {line.partition(" = ")[0].lstrip("+") for line in problems}
-        problems += [line for line in _problems_of(configs[0], world_size, check_files) if line.partition(" = ")[0] not in named]
+        others = [] if unfit else _problems_of(configs[0], world_size, check_files)  # without its experiment a run says nothing true
+        problems += [line for line in others if line.partition(" = ")[0] not in named]
         raise ConfigError(list(dict.fromkeys(problems)))
 
 
@@ -258,7 +265,32 @@ def _compose(overrides: list[str]) -> DictConfig:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             return compose("config", overrides)
     except HydraException as error:
-        raise ConfigError([f"{' '.join(overrides)} = : {error}; see --help"]) from error
+        problems = list(_experiment_problems(overrides))
+        raise ConfigError(problems or [f"{' '.join(overrides)} = : {error}; see --help"]) from error
+
+
+def _experiment_problems(overrides: list[str]) -> Iterator[str]:
+    """What the chosen experiment sets although the chosen variants of the groups do not have it. (Hydra names the first such key only.)"""
+    chosen, _ = _group_choices(_parse(overrides))
+    for name in chosen.pop("experiment", []):
+        content = OmegaConf.load(CONF_DIR / "experiment" / f"{name}.yaml")
+        assert isinstance(content, DictConfig)
+        defaults = [entry for entry in content.pop("defaults", []) if isinstance(entry, DictConfig)]
+        groups = {str(key).rpartition("/")[2]: [str(choice)] for entry in defaults for key, choice in entry.items()} | chosen
+        config = _compose([f"{group}={choices[0]}" for group, choices in groups.items()])
+        missing = [path for path in sorted(_paths(content) - _paths(config)) if not path.startswith("hydra.")]
+        for section in dict.fromkeys(path.partition(".")[0] for path in missing):
+            paths = [path for path in missing if path.partition(".")[0] == section]
+            elsewhere = variants_with(paths)
+            if elsewhere:
+                rule = f"sets {' and '.join(paths)}, which {section}={_variants(config)[section]} does not have"
+                choices = " or ".join(f"{section}={variant}" for variant in elsewhere)
+                fix = f"choose {choices}, or copy conf/experiment/{name}.yaml to a name of your own, without that"
+                yield problem("experiment", name, rule, fix)
+            else:
+                for path in paths:
+                    line = unknown_setting(path, shown(OmegaConf.select(content, path)), _variants(config))
+                    yield f"{line} (in conf/experiment/{name}.yaml)"
 
 
 def _stray(config: Any, path: str = "") -> Iterator[tuple[str, object]]:

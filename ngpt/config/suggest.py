@@ -59,6 +59,13 @@ def settings() -> dict[str, list[str]]:
     return found
 
 
+def variants_with(paths: Iterable[str]) -> list[str]:
+    """The variants of a group that have every one of the settings at `paths`."""
+    known = settings()
+    having = [known.get(path, []) for path in paths]
+    return [variant for variant in having[0] if all(variant in variants for variants in having)]
+
+
 def nearest(word: str, accepted: Iterable[str]) -> str | None:
     """The accepted word that looks most like `word`, if any does."""
     return next(iter(difflib.get_close_matches(word, list(accepted), n=1, cutoff=0.7)), None)

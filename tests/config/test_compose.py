@@ -1,7 +1,9 @@
 """From overrides to a RunConfig: mistakes are named with what was meant, sweeps get folders of their own, launchers are understood."""
 
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,9 +60,7 @@ def test_an_unknown_setting_is_an_error_that_names_the_nearest(override: str):
 
 OPTIMIZERS = "adamw, adarankgrad, galore, lora, natural_galore, natural_galore_paper, relora"
 WRONG = {
-    "optimizer=natural_galor": (
-        f"optimizer = natural_galor: must be one of {OPTIMIZERS}; did you mean optimizer=natural_galore?"
-    ),
+    "optimizer=natural_galor": f"optimizer = natural_galor: must be one of {OPTIMIZERS}; did you mean optimizer=natural_galore?",
     "optimizer=zzz": f"optimizer = zzz: must be one of {OPTIMIZERS}; see --help",
     "~optimizer.rank": "optimizer.rank = 128: a setting cannot be removed; give it a value",
     "+seed=3": "+seed = 3: is a setting already; write it without +",
@@ -98,6 +98,53 @@ def test_a_setting_of_another_optimizer_names_those_that_have_it():
     line = f"optimizer.rank = 4: not a setting of optimizer=adamw; choose {choices}, or remove it"
     assert problems_of("optimizer=adamw", "optimizer.rank=4") == [line]
     assert problems_of("optimizer=adamw", "+optimizer.rank=4") == [line]
+
+
+EXPERIMENT = """# @package _global_
+defaults:
+  - override /optimizer: galore
+optimizer:
+  rank: 8
+  proj_type: full
+"""
+
+
+@pytest.fixture
+def own_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Add lines to an experiment `mine`, which is for GaLore, in a copy of conf/."""
+    shutil.copytree(CONF_DIR, tmp_path / "conf")
+    monkeypatch.setattr("ngpt.config.compose.CONF_DIR", tmp_path / "conf")
+
+    def write(*lines: str) -> None:
+        (tmp_path / "conf/experiment/mine.yaml").write_text(EXPERIMENT + "".join(f"{line}\n" for line in lines))
+
+    return write
+
+
+def test_an_experiment_for_another_optimizer_says_which_of_its_settings_do_not_fit(own_experiment):
+    own_experiment()
+    assert compose_run([*VALID, "experiment=mine"]).optimizer.rank == 8
+    without = ", or copy conf/experiment/mine.yaml to a name of your own, without that"
+    missing = "optimizer.proj_type and optimizer.rank, which optimizer=adamw does not have"
+    adamw = f"experiment = mine: sets {missing}; choose optimizer=galore{without}"
+    assert problems_of("experiment=mine", "optimizer=adamw") == [adamw]
+    assert problems_of("optimizer=adamw", "experiment=mine", "optimizer.rnk=3", "seed=x") == [
+        adamw,
+        "optimizer.rnk = 3: no such setting; did you mean optimizer.rank?",
+        "seed = x: must be a whole number; see docs/configuration.md",
+    ]
+    lora = f"experiment = mine: sets optimizer.proj_type, which optimizer=lora does not have; choose optimizer=galore{without}"
+    with pytest.raises(ConfigError) as caught:
+        check_arguments([*VALID, "-m", "experiment=mine", "optimizer=adamw,galore,lora"])
+    assert caught.value.problems == [adamw, lora]
+
+
+def test_a_mistake_in_an_experiment_is_named_with_its_file(own_experiment):
+    own_experiment("  rnk: 4", "trainer:", "  max_stps: 3")
+    assert problems_of("experiment=mine") == [
+        "optimizer.rnk = 4: no such setting; did you mean optimizer.rank? (in conf/experiment/mine.yaml)",
+        "trainer.max_stps = 3: no such setting; did you mean trainer.max_steps? (in conf/experiment/mine.yaml)",
+    ]
 
 
 def test_text_that_hydra_cannot_parse_is_an_error():
