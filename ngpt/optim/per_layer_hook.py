@@ -9,7 +9,8 @@ import functools
 import torch
 from torch import Tensor
 
-from ngpt.optim.adamw import AdamW, compute_dtype
+from ngpt.optim.adamw import AdamW
+from ngpt.optim.storage import compute_dtype
 
 MODES = ("deferred", "immediate")
 
@@ -75,7 +76,8 @@ class PerLayerUpdates:
     @torch.no_grad()
     def _on_gradient(self, p: Tensor) -> None:
         grad, p.grad = p.grad, None
-        assert grad is not None
+        if grad is None:
+            raise RuntimeError(f"{self.optimizer.slot(p).name}: another hook took its gradient first; detach() what was attached before")
         if p in self._fired:
             raise RuntimeError(
                 f"{self.optimizer.slot(p).name}: a second gradient in one micro-batch. begin_micro_batch() or step() was not called, or "

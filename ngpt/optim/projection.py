@@ -57,7 +57,7 @@ def basis_and_energies(
         energies = values.square()
         return left[:, :rank], energies[:rank] / energies.sum()
     if subspace == "randomized":
-        return _randomized_range(scaled_ab, rank, previous_ar, generator)
+        return randomized_range(scaled_ab, rank, previous_ar, generator)
     basis_ar = random_basis(scaled_ab, rank, generator)
     energies, order = (basis_ar.mT @ scaled_ab).square().sum(1).sort(descending=True, stable=True)
     return basis_ar[:, order], energies / scaled_ab.square().sum()
@@ -67,11 +67,6 @@ def find_basis(grad_ab: Tensor, rank: int, *, subspace: str, previous_ar: Tensor
     """The basis of `basis_and_energies` alone."""
     found = basis_and_energies(grad_ab, rank, subspace=subspace, previous_ar=previous_ar, generator=generator)
     return None if found is None else found[0]
-
-
-def randomized_basis(grad_ab: Tensor, rank: int, previous_ar: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Approximate first r left singular vectors, ordered, shape (a, r), by a randomized range finder."""
-    return _randomized_range(grad_ab, rank, previous_ar, generator)[0]
 
 
 def random_basis(grad_ab: Tensor, rank: int, generator: torch.Generator) -> Tensor:
@@ -101,7 +96,7 @@ def _at_size_one(grad_ab: Tensor) -> Tensor | None:
     return grad_ab / largest if 0 < largest < math.inf else None
 
 
-def _randomized_range(grad_ab: Tensor, rank: int, previous_ar: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def randomized_range(grad_ab: Tensor, rank: int, previous_ar: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Basis (a, r) and shares of energy (r,) by power iterations on a random or an old subspace (Halko, Martinsson, Tropp 2011, 4.4).
 
     An iteration is Z = G' orth(Y), Y = G orth(Z), w = r + OVERSAMPLING columns each: thin, and linear in G. ||Z||^2 and ||Y||^2 are

@@ -412,6 +412,10 @@ def test_misuse_is_refused_with_what_to_do(make_network, loss_of) -> None:
     loss_of(network, 0).backward()
     with pytest.raises(RuntimeError, match=r"neither applied with step\(\) nor dropped with discard\(\)"):
         deferred.begin_update(1)
+    deferred.discard()
+    attach(optimizer)
+    with pytest.raises(RuntimeError, match=r"another hook took its gradient first; detach\(\) what was attached before"):
+        loss_of(network, 0).backward()
 
 
 def test_detached_hooks_leave_gradients_where_they_belong(make_network, loss_of) -> None:
