@@ -228,12 +228,20 @@ def _parts(config: RunConfig, world_size: int) -> Iterator[str]:
         yield problem("optimizer.complement", complement, rule, "set optimizer.complement=raw or none")
     if fisher != "diagonal" and complement == "raw":
         rule = f"goes with fisher=diagonal alone, which scales it; here fisher={fisher}"
-        yield problem("optimizer.complement", complement, rule, "set optimizer.complement=fira or none")
-    if two_sided and complement not in (None, "none"):
+        yield problem("optimizer.complement", complement, rule, f"set optimizer.complement={'none' if two_sided else 'fira or none'}")
+    if two_sided and complement == "fira":
         yield problem("optimizer.complement", complement, "cannot be added where both sides are projected", "set optimizer.complement=none")
 
 
-@_rule("optimizer.min_rank", "optimizer.rank")
+@_rule("optimizer.rank", "model.vocab_size")
+def _embeddings(config: RunConfig, world_size: int) -> Iterator[str]:
+    optimizer, tokens = config.optimizer, config.model.vocab_size
+    if isinstance(optimizer, LowRankConfig) and optimizer.embeddings and tokens <= optimizer.rank:
+        rule = f"has nothing to project where model.vocab_size = {tokens} is not above optimizer.rank = {optimizer.rank}"
+        yield problem("optimizer.embeddings", True, rule, "set optimizer.embeddings=false or a smaller optimizer.rank")
+
+
+@_rule("optimizer.min_rank", "optimizer.rank", "optimizer.on_refresh")
 def _rank_range(config: RunConfig, world_size: int) -> Iterator[str]:
     optimizer = config.optimizer
     if isinstance(optimizer, AdaRankGradConfig) and optimizer.min_rank > optimizer.rank:

@@ -10,11 +10,13 @@ import sentencepiece
 from ngpt.config.file_rules import vocabulary_problem
 from ngpt.config.schema import (
     AdamWConfig,
+    AdaRankGradConfig,
     BuiltinDataConfig,
     C4DataConfig,
     GaLoreConfig,
     LocalC4DataConfig,
     LoRAConfig,
+    NaturalGaLoreConfig,
     ReLoRAConfig,
     RunConfig,
     TokenizedDataConfig,
@@ -154,6 +156,64 @@ RULES = {
         {"optimizer.update_proj_gap": 1},
         "optimizer.stagger = true: has nothing to spread with update_proj_gap = 1, where every step refreshes every matrix; "
         "set optimizer.stagger=false or a larger optimizer.update_proj_gap",
+    ),
+    "second moment beside a diagonal Fisher": (
+        {"optimizer": NaturalGaLoreConfig(fisher="diagonal", moments="adam")},
+        "optimizer.moments = adam: does not go with fisher=diagonal, which takes the place of the second moment; "
+        "set optimizer.moments=momentum",
+    ),
+    "Fira's complement beside a diagonal Fisher": (
+        {"optimizer": NaturalGaLoreConfig(fisher="diagonal", complement="fira")},
+        "optimizer.complement = fira: does not go with fisher=diagonal, which scales what the projection dropped itself; "
+        "set optimizer.complement=raw or none",
+    ),
+    "raw complement without a diagonal Fisher": (
+        {"optimizer": NaturalGaLoreConfig(fisher="factored", complement="raw")},
+        "optimizer.complement = raw: goes with fisher=diagonal alone, which scales it; here fisher=factored; "
+        "set optimizer.complement=fira or none",
+    ),
+    "raw complement of two sides": (
+        {"optimizer": NaturalGaLoreConfig(fisher="two_sided", complement="raw")},
+        "optimizer.complement = raw: goes with fisher=diagonal alone, which scales it; here fisher=two_sided; "
+        "set optimizer.complement=none",
+    ),
+    "complement of two sides": (
+        {"optimizer": GaLoreConfig(proj_type="full", complement="fira")},
+        "optimizer.complement = fira: cannot be added where both sides are projected; set optimizer.complement=none",
+    ),
+    "no such complement": (
+        {"optimizer": GaLoreConfig(complement="raw")},
+        "optimizer.complement = raw: must be one of none, fira; set optimizer.complement=none",
+    ),
+    "no such Fisher": (
+        {"optimizer": NaturalGaLoreConfig(fisher="diagnal")},
+        "optimizer.fisher = diagnal: must be one of history, two_sided, factored, diagonal, none; did you mean optimizer.fisher=diagonal?",
+    ),
+    "no such dtype of moments": (
+        {"optimizer": AdamWConfig(state_dtype="8bits")},
+        "optimizer.state_dtype = 8bits: must be one of fp32, bf16, 8bit; did you mean optimizer.state_dtype=8bit?",
+    ),
+    "few tokens to project": (
+        {"optimizer.embeddings": True, "model.vocab_size": 128},
+        "optimizer.embeddings = true: has nothing to project where model.vocab_size = 128 is not above optimizer.rank = 128; "
+        "set optimizer.embeddings=false or a smaller optimizer.rank",
+    ),
+    "smallest rank above the largest": (
+        {"optimizer": AdaRankGradConfig(rank=8, min_rank=9)},
+        "optimizer.min_rank = 9: must not be above the largest rank, optimizer.rank = 8; set optimizer.min_rank=8 or lower",
+    ),
+    "share of the gradient": (
+        {"optimizer": AdaRankGradConfig(energy=96.0)},
+        "optimizer.energy = 96.0: must be above 0 and at most 1; the default is 0.96",
+    ),
+    "never converged": (
+        {"optimizer": AdaRankGradConfig(converged_below=1.0)},
+        "optimizer.converged_below = 1.0: must be at least 0 and below 1; the default is 0.5",
+    ),
+    "moments over a change of rank": (
+        {"optimizer": AdaRankGradConfig(on_refresh="keep")},
+        "optimizer.on_refresh = keep: cannot keep moments of one rank at another, and the rank of optimizer=adarankgrad adapts; "
+        "set optimizer.on_refresh=rotate or reset",
     ),
     "warm-up": (
         {"scheduler.warmup_steps": 100},
