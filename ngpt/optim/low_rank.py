@@ -152,7 +152,8 @@ class LowRankAdamW(AdamW):
         if due or int(state["refreshes"]) == 0:
             bases = self._find_bases(p, short_side_first(grad), first=first, in_earnest=due or not self.slot(p).group["stagger"])
             if bases is not None:
-                self._fresh_bases[p] = tuple(basis.to(state["basis"].dtype) for basis in bases)
+                # A copy, as the basis may be a view of all singular vectors, and is kept until all gradients are there.
+                self._fresh_bases[p] = tuple(basis.to(state["basis"].dtype, copy=True) for basis in bases)
 
     def _refresh_is_due(self, p: Tensor) -> bool:
         """Every `update_proj_gap` updates and, if the group asks for it, when the projected gradient has converged.
@@ -293,11 +294,11 @@ class LowRankAdamW(AdamW):
     def _precondition(self, p: Tensor, low: Tensor) -> Tensor:
         """The natural gradient in the subspace: the inverse Fisher, or a root of it, times R. Counts the update."""
         state, group = self.state[p], self.slot(p).group
-        position = int(state["step"]) % group["history"]
         state["step"] += 1
         match group["fisher"]:
             case "history" | "two_sided":
                 history, gram = state["history"], state["gram"]
+                position = (int(state["step"]) - 1) % group["history"]
                 natural_gradient.remember_(history, gram, low.reshape(-1), position, sum_over_shards=self.sum_over_shards)
                 return natural_gradient.natural_gradient(history, gram, position, group["damping"]).to(low.dtype).view(low.shape)
             case "factored":

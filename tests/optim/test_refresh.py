@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ngpt.optim import GaLore, NaturalGaLore, low_rank
+from ngpt.optim import AdaRankGrad, GaLore, NaturalGaLore, low_rank
 from ngpt.optim.low_rank import FIRST_TURNS
 from ngpt.optim.rotation import change_of_basis, rotate_history_, rotate_moments
 
@@ -104,6 +104,17 @@ def test_a_zero_gradient_at_a_refresh_leaves_the_old_basis() -> None:
         optimizer.step()
     assert optimizer.state[weight]["refreshes"] == 1
     assert optimizer.state[weight]["exp_avg"].any()
+
+
+@pytest.mark.parametrize("subspace", ["svd", "randomized", "random"])
+def test_a_basis_that_waits_for_its_update_keeps_no_more_than_itself(subspace: str) -> None:
+    """Not all the singular vectors of which it is a part: in deferred per-layer updates the bases of all matrices wait together."""
+    weight = nn.Parameter(torch.zeros(12, 16))
+    for method in (GaLore, AdaRankGrad):
+        optimizer = method([{"params": [weight], "rank": 5}], subspace=subspace, stagger=False)
+        optimizer.reduce_gradient(weight, torch.outer(torch.ones(12), torch.ones(16)))
+        for basis in optimizer._fresh_bases[weight]:
+            assert basis.untyped_storage().nbytes() == basis.numel() * basis.element_size()
 
 
 def test_a_dropped_refresh_leaves_no_trace() -> None:
