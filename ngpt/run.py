@@ -17,7 +17,7 @@ import yaml
 
 from ngpt import build
 from ngpt.checkpoint import resume, store
-from ngpt.config.schema import RunConfig, steps_in_run
+from ngpt.config.schema import LoRAConfig, RunConfig, steps_in_run
 from ngpt.config.validate import ConfigError
 from ngpt.data.documents import DataError
 from ngpt.data.unigram import unigram_perplexity
@@ -129,7 +129,7 @@ class Run:
             run_id=state["wandb"]["run_id"] if checkpoint and checkpoint.parent.resolve() == self.store.folder.resolve() else None,
         )
         self.metrics = StepMetrics(
-            flops_per_token=cost.flops_per_token(config.model, trainer.seq_len),
+            flops_per_token=cost.flops_per_token(config.model, trainer.seq_len, adapter_rank=self._adapter_rank),
             peak_flops=trainer.peak_flops or device_peak_flops(self.device, weight_dtype(trainer.precision)),
             world_size=self.ranks.world_size,
         )
@@ -139,10 +139,12 @@ class Run:
     def _announce(self, checkpoint: Path | None) -> None:
         config, trainer = self.config, self.config.trainer
         sizes = self.engine.state_bytes()
+        adapters = cost.adapter_parameter_count(config.model, self._adapter_rank)
         logger.info(
-            "%s: %s parameters, %s on %s, %s | %s steps of %s x %s tokens in micro-batches of %s",
+            "%s: %s parameters%s, %s on %s, %s | %s steps of %s x %s tokens in micro-batches of %s",
             config.run.name,
             f"{cost.parameter_count(config.model):,}",
+            f" and {adapters:,} of adapters" if adapters else "",
             config.optimizer.name,
             self.device,
             trainer.precision,
@@ -159,6 +161,10 @@ class Run:
         )
         if checkpoint:
             logger.info("continuing from %s: step %d, %s tokens", checkpoint, self.progress.step, f"{self.progress.tokens:,}")
+
+    @property
+    def _adapter_rank(self) -> int:
+        return self.config.optimizer.rank if isinstance(self.config.optimizer, LoRAConfig) else 0
 
     @property
     def _micro_batches_per_step(self) -> int:

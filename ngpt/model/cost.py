@@ -74,16 +74,22 @@ def projected_parameter_count(config: ModelConfig) -> int:
     return sum(matrix.size for matrix in matrix_shapes(config) if matrix.projected)
 
 
+def adapter_parameter_count(config: ModelConfig, rank: int) -> int:
+    """Numbers that LoRA adapters of this rank add to the matrices of attention and MLP, which they freeze."""
+    return rank * sum(matrix.rows + matrix.columns for matrix in matrix_shapes(config) if matrix.projected)
+
+
 def weight_bytes(config: ModelConfig, *, bytes_per_parameter: int = 2) -> int:
     """Bytes of the weights (2 per parameter: bf16; 4: fp32), without any master copy: that is optimizer state."""
     return parameter_count(config) * bytes_per_parameter
 
 
-def flops_per_token(config: ModelConfig, seq_len: int, *, backward: bool = True) -> int:
+def flops_per_token(config: ModelConfig, seq_len: int, *, backward: bool = True, adapter_rank: int = 0) -> int:
     """Floating-point operations of the matrix products per token of a sequence of `seq_len` tokens.
 
     Two per multiply-add. Forward: each matrix once (the embedding is a look-up, the head a product), and in attention the
-    scores and the weighted sum, 2 * 2 * seq_len * hidden per layer. Backward: twice the forward. Counted as
+    scores and the weighted sum, 2 * 2 * seq_len * hidden per layer. Backward: twice the forward; with LoRA adapters (`adapter_rank` > 0)
+    the matrices that they freeze only pass gradients on, once the forward. Counted as
     `torch.utils.flop_counter` counts: the whole square of scores although attention is causal. Not counted: recomputation (of
     checkpointed blocks, of the scores in a fused attention's backward), as the definition of model FLOPs utilisation
     wants it (PaLM, arXiv:2204.02311, appendix B); norms, activations, softmax and rotary embeddings.
@@ -91,5 +97,6 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, backward: bool = True)
     in_blocks = projected_parameter_count(config)
     in_head = config.vocab_size * config.hidden_size
     in_attention = 2 * seq_len * config.num_attention_heads * head_dim(config) * config.num_hidden_layers
-    forward = 2 * (in_blocks + in_head + in_attention)
-    return 3 * forward if backward else forward
+    forward = 2 * (in_blocks + in_head + in_attention + adapter_parameter_count(config, adapter_rank))
+    frozen = 2 * in_blocks if adapter_rank else 0
+    return 3 * forward - frozen if backward else forward

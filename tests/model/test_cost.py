@@ -8,8 +8,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ngpt.config.schema import ModelConfig
-from ngpt.model.cost import flops_per_token, matrix_shapes, parameter_count, projected_parameter_count, weight_bytes
+from ngpt.model.cost import (
+    adapter_parameter_count,
+    flops_per_token,
+    matrix_shapes,
+    parameter_count,
+    projected_parameter_count,
+    weight_bytes,
+)
 from ngpt.model.llama import LlamaForCausalLM, num_parameters
+from ngpt.model.lora import add_adapters
 
 # hidden, intermediate, layers, heads and the parameters in millions: the published benchmark's shapes.
 PRESETS = {
@@ -70,3 +78,18 @@ def test_operations_are_those_that_torch_counts(backward, batch_size, seq_len, c
         if backward:
             loss.backward()
     assert counter.get_total_flops() == batch_size * seq_len * flops_per_token(config, seq_len, backward=backward)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_operations_of_adapters_are_those_that_torch_counts(backward, small_config):
+    config, rank = small_config(num_key_value_heads=2), 3
+    model = LlamaForCausalLM(config, loss_chunk_tokens=16)
+    add_adapters(model, rank=rank, alpha=8.0)
+    assert num_parameters(model) == parameter_count(config) + adapter_parameter_count(config, rank)
+    input_ids = torch.zeros(2, 17, dtype=torch.long)
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(backward):
+        loss = model(input_ids, input_ids)
+        if backward:
+            loss.backward()
+    assert counter.get_total_flops() == 2 * 17 * flops_per_token(config, 17, backward=backward, adapter_rank=rank)
