@@ -41,6 +41,10 @@ TINY = [
     "run.name=tiny",
 ]
 LOW_RANK = ["optimizer.rank=8", "optimizer.update_proj_gap=3"]
+HISTORY = ["optimizer=natural_galore", *LOW_RANK, "optimizer.fisher=history", "optimizer.history=4"]
+DIAGONAL = ["optimizer=natural_galore", *LOW_RANK, "optimizer.fisher=diagonal"]
+FACTORED = ["optimizer=natural_galore", *LOW_RANK, "optimizer.fisher=factored"]
+ADAPTIVE = ["optimizer=adarankgrad", *LOW_RANK, "optimizer.energy=0.5"]  # ranks from 1 to 5, other ones at each refresh
 RELORA = ["optimizer=relora", "optimizer.rank=8", "optimizer.merge_every=3", "optimizer.restart_warmup_steps=2"]
 
 
@@ -151,8 +155,8 @@ def test_a_run_writes_what_the_pages_promise(tmp_path, draws):
         ["optimizer=adamw", "optimizer.apply=whole"],
         ["optimizer=adamw", "trainer.precision=bf16"],
         ["optimizer=galore", *LOW_RANK],
-        ["optimizer=natural_galore", *LOW_RANK, "optimizer.history=4", "trainer.grad_clip=0.5"],
-        ["optimizer=natural_galore", *LOW_RANK, "optimizer.history=4", "optimizer.apply=whole", "trainer.precision=bf16"],
+        [*HISTORY, "trainer.grad_clip=0.5"],
+        [*HISTORY, "optimizer.apply=whole", "trainer.precision=bf16"],
         ["optimizer=natural_galore", *LOW_RANK, "trainer.precision=bf16_master"],
         [
             "optimizer=natural_galore",
@@ -205,8 +209,9 @@ def test_other_signals_save_and_tell_themselves_apart(tmp_path, stop_after, numb
     assert (tmp_path / "tiny" / "checkpoints" / "latest").read_text() == "step-0000003\n"
 
 
-def test_per_layer_updates_equal_plain_backward(tmp_path):
-    one = ["optimizer=natural_galore", *LOW_RANK, "trainer.micro_batch_size=8"]
+@pytest.mark.parametrize("optimizer", [HISTORY, [*DIAGONAL, "optimizer.embeddings=true"]], ids=["history", "diagonal"])
+def test_per_layer_updates_equal_plain_backward(tmp_path, optimizer):
+    one = [*optimizer, "trainer.micro_batch_size=8"]
     run_in(tmp_path / "whole", *one, "optimizer.apply=whole")
     for apply in ("deferred", "immediate"):
         run_in(tmp_path / apply, *one, f"optimizer.apply={apply}")
@@ -274,11 +279,12 @@ def test_a_nan_gradient_skips_the_update_and_leaves_its_batch_on_disk(tmp_path, 
 
 
 @pytest.mark.parametrize("apply", ["whole", "deferred"])
-def test_a_skipped_update_changes_neither_weights_nor_state(tmp_path, monkeypatch, apply):
+@pytest.mark.parametrize("optimizer", [HISTORY, [*DIAGONAL, "optimizer.state_dtype=8bit"]], ids=["history", "diagonal"])
+def test_a_skipped_update_changes_neither_weights_nor_state(tmp_path, monkeypatch, optimizer, apply):
     break_gradients(monkeypatch, {2})
     run_in(
         tmp_path,
-        *LOW_RANK,
+        *optimizer,
         f"optimizer.apply={apply}",
         "trainer.max_steps=3",
         "scheduler.warmup_steps=0",

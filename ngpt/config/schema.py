@@ -64,8 +64,9 @@ class DataConfig:
     """What every source of text has in common."""
 
     name: str = MISSING
-    packing: str = setting("pack", "pack: documents joined by EOS, nothing padded or dropped; pad: one document a row, cut or padded",
-                           choices=("pack", "pad"))
+    packing: str = setting(
+        "pack", "pack: documents joined by EOS, nothing padded or dropped; pad: one document a row, cut or padded", choices=("pack", "pad")
+    )
     mask_documents: bool = setting(False, "with packing=pack: attention does not cross document borders")
     shuffle_window: int = setting(2048, "documents (tokenized: rows) shuffled together, per stream (0 or 1: keep the order)", at_least=0)
     streams: int = setting(8, "most logical streams that rows are drawn from in turn; fixes the order for any number of ranks", at_least=1)
@@ -154,15 +155,22 @@ class LowRankConfig(OptimizerConfig):
     rank: int = setting(128, "rank of the projected gradients", at_least=1)
     update_proj_gap: int = setting(200, "updates between refreshes of a matrix's subspace", at_least=1)
     scale: float = setting(0.25, "factor on the lifted update (alpha of the papers)", above=0)
-    subspace: str = setting("randomized", "how a basis is found: exact SVD, a warm-started randomized range finder, or at random",
-                            choices=("svd", "randomized", "random"))
+    subspace: str = setting(
+        "randomized",
+        "how a basis is found: exact SVD, a warm-started randomized range finder, or at random",
+        choices=("svd", "randomized", "random"),
+    )
     on_refresh: str = setting("rotate", "what happens to moments and Fisher when the basis changes", choices=("rotate", "keep", "reset"))
     stagger: bool = setting(True, "spread the refreshes of different matrices over update_proj_gap steps")
-    moments: str = setting("adam", "of projected gradients: Adam's; Adam's with a factored second one; only the first",
-                           choices=("adam", "adafactor", "momentum"))
+    moments: str = setting(
+        "adam",
+        "of projected gradients: Adam's; Adam's with a factored second one; only the first",
+        choices=("adam", "adafactor", "momentum"),
+    )
     embeddings: bool = setting(False, "project embedding and head as well, at scale 1, instead of plain AdamW")
-    complement: str = setting("none", "fira: add back what the projection dropped, scaled by column; needs full gradients at the update",
-                              choices=("none", "fira"))
+    complement: str = setting(
+        "none", "fira: add back what the projection dropped, scaled by column; needs full gradients at the update", choices=("none", "fira")
+    )
 
 
 @dataclass
@@ -170,10 +178,14 @@ class GaLoreConfig(LowRankConfig):
     """GaLore (arXiv:2403.03507): Adam on gradients projected to rank r. The defaults are the published method's."""
 
     name: str = setting("galore", "optimizer (choose with optimizer=...)", choices=("galore",))
-    subspace: str = setting("svd", "how a basis is found: exact SVD, a warm-started randomized range finder, or at random",
-                            choices=("svd", "randomized", "random"))
-    on_refresh: str = setting("keep", "what happens to moments when the basis changes (keep is the published GaLore)",
-                              choices=("rotate", "keep", "reset"))
+    subspace: str = setting(
+        "svd",
+        "how a basis is found: exact SVD, a warm-started randomized range finder, or at random",
+        choices=("svd", "randomized", "random"),
+    )
+    on_refresh: str = setting(
+        "keep", "what happens to moments when the basis changes (keep is the published GaLore)", choices=("rotate", "keep", "reset")
+    )
     stagger: bool = setting(False, "spread the refreshes of different matrices over update_proj_gap steps")
     proj_type: str = setting("std", "std: the shorter side is projected; full: both are", choices=("std", "full"))
 
@@ -183,19 +195,26 @@ class NaturalGaLoreConfig(LowRankConfig):
     """Natural GaLore (arXiv:2410.16029): GaLore on gradients preconditioned by their inverse empirical Fisher."""
 
     name: str = setting("natural_galore", "optimizer (choose with optimizer=...)", choices=("natural_galore",))
+    betas: list[float] = setting([0.9, 0.99], "decay of the first and of the second moment, or of the Fisher's averages")
     fisher: str = setting(
-        "history",
+        "diagonal",
         "history: of the last `history` projected gradients (the paper); two_sided: the same with both sides projected (the authors' "
         "release); factored: r x r second moments; diagonal: row and column means of the squared full gradient, which is kept for it; "
         "none: GaLore",
         choices=("history", "two_sided", "factored", "diagonal", "none"),
     )
-    history: int = setting(20, "projected gradients kept per matrix by history and two_sided (s of the paper)", at_least=1)
+    history: Optional[int] = setting(
+        None, "projected gradients kept per matrix by history and two_sided (null: 20, s of the paper)", at_least=1
+    )
     damping: float = setting(1e-3, "lambda of lambda*I + H H'; a share of the Fisher's mean for factored and diagonal", above=0)
-    moments: Optional[str] = setting(None, "as for GaLore (null: adam, but momentum for fisher=diagonal, which replaces the second moment)",
-                                     choices=("adam", "adafactor", "momentum"))
-    complement: Optional[str] = setting(None, "fira: as for GaLore; raw: for fisher=diagonal, which scales it (null: that or none)",
-                                        choices=("none", "fira", "raw"))
+    moments: Optional[str] = setting(
+        None,
+        "as for GaLore (null: adam, but momentum for fisher=diagonal, which replaces the second moment)",
+        choices=("adam", "adafactor", "momentum"),
+    )
+    complement: Optional[str] = setting(
+        None, "fira: as for GaLore; raw: for fisher=diagonal, which scales it (null: that or none)", choices=("none", "fira", "raw")
+    )
 
 
 @dataclass
@@ -205,8 +224,9 @@ class AdaRankGradConfig(LowRankConfig):
     name: str = setting("adarankgrad", "optimizer (choose with optimizer=...)", choices=("adarankgrad",))
     min_rank: int = setting(1, "smallest rank", at_least=1)
     energy: float = setting(0.96, "share of the squared gradient that the rank keeps", above=0, at_most=1)
-    converged_below: float = setting(0.5, "refresh when the projected gradient is below this share of its norm at the last one (0: never)",
-                                     at_least=0, below=1)
+    converged_below: float = setting(
+        0.5, "refresh when the projected gradient is below this share of its norm at the last one (0: never)", at_least=0, below=1
+    )
 
 
 @dataclass
@@ -225,8 +245,9 @@ class ReLoRAConfig(LoRAConfig):
     name: str = setting("relora", "optimizer (choose with optimizer=...)", choices=("relora",))
     merge_every: int = setting(1000, "updates between merges of the adapters into the weights", at_least=1)
     restart_warmup_steps: int = setting(100, "updates after a merge over which the learning rate climbs back to the schedule's", at_least=0)
-    prune: float = setting(0.99, "share of the adapters' moments, the smallest, that becomes zero at a merge (1: all)",
-                           at_least=0, at_most=1)
+    prune: float = setting(
+        0.99, "share of the adapters' moments, the smallest, that becomes zero at a merge (1: all)", at_least=0, at_most=1
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ scheduler
@@ -302,8 +323,11 @@ class CheckpointConfig:
 @dataclass
 class LoggerConfig:
     every_steps: int = setting(10, "steps between log lines", at_least=1)
-    wandb: str = setting("disabled", "Weights & Biases: online, offline (sync later with `wandb sync`) or disabled",
-                         choices=("online", "offline", "disabled"))
+    wandb: str = setting(
+        "disabled",
+        "Weights & Biases: online, offline (sync later with `wandb sync`) or disabled",
+        choices=("online", "offline", "disabled"),
+    )
     project: Optional[str] = setting(None, "W&B project (null: WANDB_PROJECT of the environment, else ngpt)")
     entity: Optional[str] = setting(None, "W&B team or user (null: WANDB_ENTITY of the environment, else your default)")
     group: Optional[str] = setting(None, "W&B group")

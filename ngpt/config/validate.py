@@ -211,7 +211,7 @@ def _stagger(config: RunConfig, world_size: int) -> Iterator[str]:
         yield problem("optimizer.stagger", True, rule, "set optimizer.stagger=false or a larger optimizer.update_proj_gap")
 
 
-@_rule("optimizer.fisher", "optimizer.moments", "optimizer.complement", "optimizer.proj_type")
+@_rule("optimizer.fisher", "optimizer.history", "optimizer.moments", "optimizer.complement", "optimizer.proj_type")
 def _parts(config: RunConfig, world_size: int) -> Iterator[str]:
     """What the library would refuse when it is built: parts of a low-rank optimizer that do not go together."""
     optimizer = config.optimizer
@@ -220,6 +220,9 @@ def _parts(config: RunConfig, world_size: int) -> Iterator[str]:
     fisher = optimizer.fisher if isinstance(optimizer, NaturalGaLoreConfig) else "none"
     two_sided = fisher == "two_sided" or (isinstance(optimizer, GaLoreConfig) and optimizer.proj_type == "full")
     moments, complement = optimizer.moments, optimizer.complement
+    if isinstance(optimizer, NaturalGaLoreConfig) and optimizer.history is not None and fisher not in ("history", "two_sided"):
+        rule = f"is kept by fisher=history and fisher=two_sided alone; here fisher={fisher}"
+        yield problem("optimizer.history", optimizer.history, rule, "set optimizer.fisher=history or remove optimizer.history")
     if fisher == "diagonal" and moments not in (None, "momentum"):
         rule = "does not go with fisher=diagonal, which takes the place of the second moment"
         yield problem("optimizer.moments", moments, rule, "set optimizer.moments=momentum")

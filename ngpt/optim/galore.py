@@ -8,7 +8,7 @@ from typing import Any
 from ngpt.optim.low_rank import LowRankAdamW
 
 FIXED_RANK = {"min_rank": None, "energy": 1.0, "converged_below": 0.0}
-NO_FISHER = {"fisher": "none", "history": 1, "damping": 1e-3}
+NO_FISHER = {"fisher": "none", "history": None, "damping": 1e-3}
 
 
 class GaLore(LowRankAdamW):
@@ -56,7 +56,7 @@ class NaturalGaLore(LowRankAdamW):
     """Natural GaLore (arXiv:2410.16029): GaLore on natural gradients, with a choice of how the Fisher is kept.
 
     `fisher`:
-        "history": damping * I + H H' of the last `history` projected gradients of each matrix (the paper);
+        "history": damping * I + H H' of the last `history` projected gradients of each matrix, 20 unless given (the paper);
         "two_sided": the same with both sides projected (the authors' release);
         "factored": an r x r EMA of R R', inverted as a damped square root;
         "diagonal": row and column means of the squared full gradient; it takes the place of the second moment, so that `moments` is
@@ -70,12 +70,12 @@ class NaturalGaLore(LowRankAdamW):
         self,
         params: Iterable[Any],
         lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         *,
-        fisher: str = "history",
-        history: int = 20,
+        fisher: str = "diagonal",
+        history: int | None = None,
         damping: float = 1e-3,
         update_proj_gap: int = 200,
         scale: float = 0.25,

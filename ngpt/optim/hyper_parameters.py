@@ -17,6 +17,7 @@ ON_REFRESH = ("rotate", "keep", "reset")
 FISHERS = ("history", "two_sided", "factored", "diagonal", "none")
 ROUNDINGS = ("stochastic", "nearest", "master")
 PROJ_TYPES = ("std", "full")
+HISTORY = 20  # of Natural GaLore's paper
 
 
 def _number(value: Any) -> bool:
@@ -52,7 +53,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "on_refresh": _one_of(ON_REFRESH),
     "stagger": (lambda v: isinstance(v, bool), "True or False"),
     "fisher": _one_of(FISHERS),
-    "history": (lambda v: _integer(v) and v >= 1, "an integer >= 1 (projected gradients kept per matrix)"),
+    "history": (lambda v: v is None or (_integer(v) and v >= 1), "an integer >= 1 (projected gradients kept per matrix), or None"),
     "damping": (lambda v: _number(v) and v > 0, "a finite number > 0"),
     "moments": (lambda v: v is None or v in MOMENTS, f"one of {', '.join(MOMENTS)}, or None for what goes with the Fisher"),
     "complement": (lambda v: v is None or v in COMPLEMENTS, f"one of {', '.join(COMPLEMENTS)}, or None for what goes with the Fisher"),
@@ -101,6 +102,9 @@ def complete_parts(group: Mapping[str, Any], defaults: Mapping[str, Any], where:
     projects = rank != "full"
     if fisher == "two_sided":
         settings["proj_type"] = "full"
+    keeps_history = fisher in ("history", "two_sided")
+    if settings["history"] is None and keeps_history:
+        settings["history"] = HISTORY
     if settings["moments"] is None:
         settings["moments"] = "momentum" if fisher == "diagonal" else "adam"
     if settings["complement"] is None:
@@ -110,6 +114,7 @@ def complete_parts(group: Mapping[str, Any], defaults: Mapping[str, Any], where:
         (not two_sided or fisher in ("history", "two_sided", "none"), "proj_type", 'fisher "history", "two_sided" or "none"'),
         (not two_sided or projects, "proj_type", "a rank below both sides"),
         (not two_sided or complement == "none", "proj_type", 'complement="none"'),
+        (settings["history"] is None or keeps_history, "history", f'fisher "history" or "two_sided", but fisher = {fisher!r}'),
         (fisher != "diagonal" or moments == "momentum", "fisher", 'moments="momentum": it takes the place of the second moment'),
         (fisher != "diagonal" or complement != "fira", "fisher", 'complement "raw" or "none"'),
         (complement != "raw" or fisher == "diagonal", "complement", 'fisher="diagonal", which scales it'),
@@ -126,4 +131,4 @@ def complete_parts(group: Mapping[str, Any], defaults: Mapping[str, Any], where:
     for holds, key, rule in rules:
         if not holds:
             raise ValueError(f"{where}: {key} = {settings[key]!r} needs {rule}")
-    return {**group, **{key: settings[key] for key in ("proj_type", "moments", "complement")}}
+    return {**group, **{key: settings[key] for key in ("proj_type", "history", "moments", "complement")}}

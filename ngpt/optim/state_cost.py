@@ -20,7 +20,7 @@ DEFAULTS = {
     "rounding": "stochastic",
     "proj_type": "std",
     "fisher": "none",
-    "history": 20,
+    "history": None,
     "moments": None,
     "complement": None,
     "min_rank": None,
@@ -59,7 +59,7 @@ def _projected(shape: Sequence[int], settings: Mapping[str, Any], dtype: torch.d
     """The table of docs/math.md: a short side, b long side, r rank, c columns of the projected gradient, w and x bytes of a number."""
     (a, b), w, x = sorted(shape), dtype.itemsize, _arithmetic(dtype).itemsize
     r = a if settings["rank"] == "full" else settings["rank"]
-    s, two_sided = settings["history"], settings["proj_type"] == "full"
+    s, two_sided = settings["history"] or 0, settings["proj_type"] == "full"
     c = r if two_sided else b
     fisher = {
         "none": 0,

@@ -127,7 +127,7 @@ def test_immediate_mode_lets_no_loss_that_is_not_finite_reach_backward():
 
 def test_deferred_keeps_only_the_projected_gradient_of_a_matrix():
     def optimizer(model):
-        return NaturalGaLore(low_rank_groups(model, rank=2, targets=["first"]), lr=0.1)
+        return NaturalGaLore(low_rank_groups(model, rank=2, targets=["first"]), lr=0.1, fisher="history")
 
     plain_bytes = 4 * (3 * 10 + 3)  # the second layer is not projected
     (batch,) = batches(1)

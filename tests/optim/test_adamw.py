@@ -25,7 +25,7 @@ def test_equals_torch_adamw_to_the_last_bit(make_network, train, identical, weig
 @pytest.mark.parametrize("method", [GaLore, NaturalGaLore])
 def test_groups_without_rank_are_plain_adamw(make_network, train, identical, method: Callable) -> None:
     ours, theirs = make_network(), make_network()
-    arguments = {"lr": 0.01, "eps": 1e-8, "weight_decay": 0.1}
+    arguments = {"lr": 0.01, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.1}
     train(ours, method(ours.parameters(), **arguments), range(10))
     train(theirs, torch.optim.AdamW(theirs.parameters(), foreach=False, **arguments), range(10))
     assert identical(ours, theirs)

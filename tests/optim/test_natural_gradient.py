@@ -130,7 +130,14 @@ def test_the_optimizer_feeds_adam_with_the_natural_gradient() -> None:
     weight = torch.nn.Parameter(torch.randn(5, 8, dtype=torch.float64))
     expected = weight.detach().clone()
     optimizer = NaturalGaLore(
-        [{"params": [weight], "rank": "full"}], lr=lr, betas=(b1, b2), eps=eps, scale=1.0, history=size, damping=damping
+        [{"params": [weight], "rank": "full"}],
+        lr=lr,
+        betas=(b1, b2),
+        eps=eps,
+        scale=1.0,
+        fisher="history",
+        history=size,
+        damping=damping,
     )
     seen, first, second = [], 0, 0
     for t in range(1, 7):

@@ -20,12 +20,12 @@ from ngpt.optim.per_layer_hook import PerLayerUpdates, attach
 
 
 def natural_galore(network: nn.Module, **options) -> NaturalGaLore:
-    return NaturalGaLore(low_rank_groups(network, rank=4, update_proj_gap=3), lr=0.01, history=4, **options)
+    return NaturalGaLore(low_rank_groups(network, rank=4, update_proj_gap=3), lr=0.01, fisher="history", history=4, **options)
 
 
 def fixed_basis(network: nn.Module) -> NaturalGaLore:
     """Each basis is chosen in the first update and stays."""
-    return NaturalGaLore(low_rank_groups(network, rank=4, update_proj_gap=1000), lr=0.01, history=4, stagger=False)
+    return NaturalGaLore(low_rank_groups(network, rank=4, update_proj_gap=1000), lr=0.01, fisher="history", history=4, stagger=False)
 
 
 METHODS: dict[str, Callable[..., AdamW]] = {
@@ -104,7 +104,7 @@ def test_no_full_gradient_of_a_matrix_is_alive_when_the_next_is_born(apply: str)
     """Recorded when each gradient arrives: how many bytes of `.grad`, and how many of the tensors that ever were a gradient, are alive."""
     network = nn.Sequential(*[nn.Linear(32, 32, bias=False) for _ in range(8)])
     largest = max(p.numel() * p.element_size() for p in network.parameters())
-    optimizer = NaturalGaLore(low_rank_groups(network, rank=2), lr=0.01)
+    optimizer = NaturalGaLore(low_rank_groups(network, rank=2), lr=0.01, fisher="history")
     born: list[weakref.ref] = []
     grad_bytes: list[int] = []
     alive: list[int] = []

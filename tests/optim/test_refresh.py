@@ -87,7 +87,7 @@ def test_a_gradient_without_direction_never_chooses_a_basis(method: Callable, ba
 
 def test_a_zero_gradient_moves_nothing_and_the_next_one_gets_a_basis() -> None:
     weight = nn.Parameter(torch.ones(6, 10))
-    optimizer = NaturalGaLore([{"params": [weight], "rank": 2, "update_proj_gap": 100}])
+    optimizer = NaturalGaLore([{"params": [weight], "rank": 2, "update_proj_gap": 100}], fisher="history")
     for expected, grad in ((0, torch.zeros(6, 10)), (0, torch.zeros(6, 10)), (1, torch.randn(6, 10)), (1, torch.randn(6, 10))):
         before = weight.detach().clone()
         weight.grad = grad
@@ -119,7 +119,7 @@ def test_a_basis_that_waits_for_its_update_keeps_no_more_than_itself(subspace: s
 
 def test_a_dropped_refresh_leaves_no_trace() -> None:
     weight = nn.Parameter(torch.ones(6, 10))
-    optimizer = NaturalGaLore([{"params": [weight], "rank": 2, "update_proj_gap": 1}])
+    optimizer = NaturalGaLore([{"params": [weight], "rank": 2, "update_proj_gap": 1}], fisher="history")
     weight.grad = torch.randn(6, 10)
     optimizer.step()
     before = copy.deepcopy(optimizer.state[weight])
@@ -212,7 +212,9 @@ def test_signs_of_singular_vectors_change_nothing_under_rotate(
 def one_refresh(on_refresh: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """State before and after the update that refreshes, whose gradient is tiny so that it adds nothing."""
     weight = nn.Parameter(torch.zeros(6, 10, dtype=torch.float64))
-    optimizer = NaturalGaLore([{"params": [weight], "rank": 3, "update_proj_gap": GAP}], history=6, on_refresh=on_refresh, stagger=False)
+    optimizer = NaturalGaLore(
+        [{"params": [weight], "rank": 3, "update_proj_gap": GAP}], fisher="history", history=6, on_refresh=on_refresh, stagger=False
+    )
     for grad in gradients(GAP):
         weight.grad = grad
         optimizer.step()

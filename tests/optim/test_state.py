@@ -26,7 +26,7 @@ METHODS: dict[str, Callable[..., torch.optim.Optimizer]] = {
         low_rank_groups(model, rank=4, update_proj_gap=3), lr=0.01, on_refresh="reset", subspace="randomized", **options
     ),
     "natural galore": lambda model, **options: NaturalGaLore(
-        low_rank_groups(model, rank=4, update_proj_gap=3), lr=0.01, history=4, **options
+        low_rank_groups(model, rank=4, update_proj_gap=3), lr=0.01, fisher="history", history=4, **options
     ),
 }
 methods = pytest.mark.parametrize("method", METHODS)
@@ -213,8 +213,8 @@ def test_distributed_checkpoints_hold_the_exact_state(make_network, train, ident
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 5}, r"basis is .* \(12, 4\), this optimizer keeps .* \(12, 5\)"),
-        ({"history": 7}, r"history is .*\(4, 80\)"),
+        ({"fisher": "history", "history": 4, "rank": 5}, r"basis is .* \(12, 4\), this optimizer keeps .* \(12, 5\)"),
+        ({"fisher": "history", "history": 7}, r"history is .*\(4, 80\)"),
         ({"fisher": "none"}, "saved by another optimizer or with other settings"),
     ],
 )
@@ -224,7 +224,7 @@ def test_state_of_other_settings_is_refused_by_name_and_changes_nothing(make_net
     train(network, optimizer, range(2))
     other_network = make_network()
     groups = low_rank_groups(other_network, rank=options.pop("rank", 4), update_proj_gap=3)
-    other = NaturalGaLore(groups, lr=0.01, **({"history": 4} | options))
+    other = NaturalGaLore(groups, lr=0.01, **options)
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(ValueError, match=message) as error:
         other.load_state_dict(optimizer.state_dict())
@@ -246,7 +246,7 @@ def test_state_bytes_follow_the_formulas_of_the_page(dtype: torch.dtype) -> None
     m, n, r, s, width = 96, 32, 8, 5, dtype.itemsize
     matrix = nn.Parameter(torch.zeros(m, n, dtype=dtype))
     a, b = min(m, n), max(m, n)
-    sizes = state_bytes(NaturalGaLore([{"params": [matrix], "rank": r}], history=s, rounding="master"))
+    sizes = state_bytes(NaturalGaLore([{"params": [matrix], "rank": r}], fisher="history", history=s, rounding="master"))
     assert sizes == {
         "basis": width * a * r,
         "moments": 4 * 2 * r * b,

@@ -36,7 +36,9 @@ METHODS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "fira": lambda groups, **options: GaLore(groups, complement="fira", **options),
     "no fisher": lambda groups, **options: NaturalGaLore(groups, fisher="none", **options),
     "history": lambda groups, **options: NaturalGaLore(groups, fisher="history", history=20, **options),
-    "short history with complement": lambda groups, **options: NaturalGaLore(groups, history=3, complement="fira", **options),
+    "short history with complement": lambda groups, **options: NaturalGaLore(
+        groups, fisher="history", history=3, complement="fira", **options
+    ),
     "two-sided history": lambda groups, **options: NaturalGaLore(groups, fisher="two_sided", history=20, **options),
     "factored": lambda groups, **options: NaturalGaLore(groups, fisher="factored", **options),
     "diagonal": lambda groups, **options: NaturalGaLore(groups, fisher="diagonal", **options),
