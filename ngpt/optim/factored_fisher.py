@@ -71,9 +71,14 @@ def apply_root(state: State, low_rb: Tensor) -> Tensor:
 
 
 def rotate_factor_(state: State, change_rr: Tensor) -> None:
-    """A <- C A C'; the root has to be found again."""
+    """A <- C A C' + tr(A)/r (I - C C'): what the old basis did not have counts as the mean of what it had. The root has to be found again.
+
+    Without the second term it would count as nothing: R~ would be up to lambda^(-1/2) too large there until the next root, and a second
+    moment remembers that, so that steps would be too small long afterwards.
+    """
     factor_rr = _unpacked(state["fisher_factor"], change_rr.shape[1])
-    state["fisher_factor"].copy_(_packed(change_rr @ factor_rr @ change_rr.mT))
+    unknown_rr = torch.eye(change_rr.shape[0], dtype=change_rr.dtype, device=change_rr.device) - change_rr @ change_rr.mT
+    state["fisher_factor"].copy_(_packed(change_rr @ factor_rr @ change_rr.mT + factor_rr.diagonal().mean() * unknown_rr))
 
 
 @functools.lru_cache(maxsize=16)

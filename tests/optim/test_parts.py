@@ -53,7 +53,9 @@ class Written:
                 self.rows = kept * left_rows
                 self.columns = left_columns * np.mean(self.rows) / np.mean(left_columns)
             self.history = [turn_left @ old @ turn_right.T for old in self.history]
-            self.factor = turn_left @ self.factor @ turn_left.T if np.ndim(self.factor) else 0.0
+            if np.ndim(self.factor):
+                unknown = np.eye(RANK) - turn_left @ turn_left.T
+                self.factor = turn_left @ self.factor @ turn_left.T + np.trace(self.factor) / RANK * unknown
             self.find_root()
         self.left, self.right = left, right
 
@@ -318,6 +320,28 @@ def test_a_factored_root_starts_with_the_first_gradient_that_shows_a_scale_and_n
     factored_fisher.remember_(state, 900.0 * torch.eye(3), 0.9)
     factored_fisher.start_root_(state, 3, 0.9, 2)  # it has started
     torch.testing.assert_close(factored_fisher.apply_root(state, torch.ones(3, 1)), expected)
+
+
+def test_steps_stay_as_long_when_a_refresh_replaces_directions() -> None:
+    """Two of eight at each refresh, in which a factor that only turns would see nothing until the next root."""
+
+    def lengths(fisher: str) -> list[float]:
+        weight = nn.Parameter(torch.zeros(32, 48))
+        group = {"params": [weight], "rank": 8, "update_proj_gap": 50, "scale": 1.0}
+        optimizer = NaturalGaLore([group], lr=1.0, betas=(0.9, 0.99), fisher=fisher, stagger=False, subspace="svd")
+        moved = []
+        for update in range(200):
+            refresh = update // 50
+            rows = torch.tensor([*range(6), 6 + 2 * refresh, 7 + 2 * refresh])
+            grad = 0.01 * torch.randn(32, 48, generator=torch.Generator().manual_seed(update))
+            grad[rows] *= 100 / torch.arange(1.0, 9.0)[:, None]
+            before, weight.grad = weight.detach().clone(), grad
+            optimizer.step()
+            moved.append(float((weight.detach() - before).norm()))
+        return [sum(moved[end - 10 : end]) for end in (50, 100, 150, 200)]
+
+    for factored, plain in zip(lengths("factored"), lengths("none"), strict=True):
+        assert 0.8 * plain < factored < 1.25 * plain
 
 
 # ------------------------------------------------------------------------------------------------------------ adaptive rank
