@@ -29,15 +29,24 @@ HISTORY_LIMIT = 1.25  # times GaLore's state: what a history may cost
 
 @dataclass(frozen=True)
 class Method:
-    """Settings of the projected matrices, or none of `rank`; `state_dtype` is for all parameters."""
+    """Settings of the projected matrices, or none of `rank`; `state_dtype` is for all parameters.
+
+    `embeddings`: embedding and head are projected as well.
+    """
 
     settings: Mapping[str, Any] | None = None
     state_dtype: str = "bf16"
     rank_divisor: int = 1
     adapters: bool = False
+    embeddings: bool = False
+
+    def settings_at(self, rank: int) -> dict[str, Any]:
+        """Of a projected matrix, at the benchmark's rank."""
+        own = {} if self.settings is None else {"rank": rank // self.rank_divisor, **self.settings}
+        return {"state_dtype": self.state_dtype, **own}
 
 
-def _natural(fisher: str, history: int = 1, **how: Any) -> Method:
+def _natural(fisher: str, history: int | None = None, **how: Any) -> Method:
     return Method({"fisher": fisher, "history": history}, **how)
 
 
@@ -62,6 +71,8 @@ METHODS = {
     "Natural GaLore, diagonal, 8-bit": _natural("diagonal", state_dtype="8bit"),
     "Natural GaLore, diagonal, a quarter of the rank": _natural("diagonal", rank_divisor=4),
     "Natural GaLore, diagonal, a quarter of the rank, 8-bit": _natural("diagonal", rank_divisor=4, state_dtype="8bit"),
+    "Natural GaLore, diagonal, `embeddings`": _natural("diagonal", embeddings=True),
+    "Natural GaLore, diagonal, `embeddings`, a quarter of the rank": _natural("diagonal", rank_divisor=4, embeddings=True),
 }
 Parameters = list[tuple[Sequence[int], Mapping[str, Any]]]  # shape and settings
 
@@ -69,26 +80,25 @@ Parameters = list[tuple[Sequence[int], Mapping[str, Any]]]  # shape and settings
 def projected_parameters(method: Method, model: ModelConfig, rank: int) -> Parameters:
     """The matrices of attention and MLP (or their adapters) with their settings."""
     shapes = [(matrix.rows, matrix.columns) for matrix in matrix_shapes(model) if matrix.projected]
-    common = {"state_dtype": method.state_dtype}
-    rank //= method.rank_divisor
     if method.adapters:
-        return [(shape, common) for rows, columns in shapes for shape in ((rank, columns), (rows, rank))]
-    if method.settings is not None:
-        common |= {"rank": rank, **method.settings}
-    return [(shape, common) for shape in shapes]
+        adapters = [shape for rows, columns in shapes for shape in ((rank, columns), (rows, rank))]
+        return [(shape, method.settings_at(rank)) for shape in adapters]
+    return [(shape, method.settings_at(rank)) for shape in shapes]
 
 
-def other_parameters(method: Method, model: ModelConfig) -> Parameters:
+def other_parameters(method: Method, model: ModelConfig, rank: int) -> Parameters:
     """Embedding, head and norms."""
-    shapes: list[Sequence[int]] = [(matrix.rows, matrix.columns) for matrix in matrix_shapes(model) if not matrix.projected]
+    plain = {"state_dtype": method.state_dtype}
+    outer = method.settings_at(rank) if method.embeddings else plain
+    shapes = [(matrix.rows, matrix.columns) for matrix in matrix_shapes(model) if not matrix.projected]
     norms = [(model.hidden_size,)] * (2 * model.num_hidden_layers + 1)
-    return [(shape, {"state_dtype": method.state_dtype}) for shape in [*shapes, *norms]]
+    return [*((shape, outer) for shape in shapes), *((shape, plain) for shape in norms)]
 
 
 def state_of(method: Method, size: str, *, projected_only: bool = False) -> dict[str, int]:
     """Bytes of state by kind at a size of the benchmark, of all parameters or of the projected matrices alone."""
     model = model_of(size)
-    others = [] if projected_only else other_parameters(method, model)
+    others = [] if projected_only else other_parameters(method, model, RANKS[size])
     return expected_total(projected_parameters(method, model, RANKS[size]) + others, torch.bfloat16)
 
 

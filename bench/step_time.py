@@ -208,9 +208,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def gradients_of_training(options: argparse.Namespace) -> list[dict[str, Tensor]]:
     """Gradients of a block of this shape in a model of few blocks, at half of the training steps and after the last one."""
     tokenizer = Tokenizer.load(options.tokenizer)
-    model = dataclasses.replace(
-        model_of(options.size), num_hidden_layers=options.train_blocks, vocab_size=tokenizer.vocab_size
-    )
+    model = dataclasses.replace(model_of(options.size), num_hidden_layers=options.train_blocks, vocab_size=tokenizer.vocab_size)
     at_steps = [options.train_steps // 2, options.train_steps]
     return real_gradients(model, options.files, tokenizer, at_steps=at_steps, rows=8, device=options.device)
 

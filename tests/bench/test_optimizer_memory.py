@@ -32,6 +32,7 @@ def test_the_factored_fisher_adds_at_most_a_tenth_to_galores_state(size: str) ->
 @sizes
 def test_the_diagonal_fisher_needs_two_thirds_of_galores_state_for_the_projected_matrices(size: str) -> None:
     assert ratio_to_galore("Natural GaLore, diagonal", size, projected_only=True) <= 0.65
+    assert ratio_to_galore("Natural GaLore, diagonal, `embeddings`", size) <= 0.65  # of all state
     of_all_state = {"60m": 0.93, "130m": 0.84, "350m": 0.78, "1b": 0.72, "7b": 0.66}  # embedding and head keep Adam's two moments
     assert ratio_to_galore("Natural GaLore, diagonal", size) <= of_all_state[size]
     assert ratio_to_galore("Natural GaLore, diagonal, 8-bit", size) <= 0.65
