@@ -157,6 +157,9 @@ def test_a_run_writes_what_the_pages_promise(tmp_path, draws):
         ["optimizer=galore", *LOW_RANK],
         [*HISTORY, "trainer.grad_clip=0.5"],
         [*HISTORY, "optimizer.apply=whole", "trainer.precision=bf16"],
+        [*DIAGONAL, "optimizer.embeddings=true", "optimizer.state_dtype=bf16", "trainer.precision=bf16", "trainer.grad_clip=0.5"],
+        [*FACTORED, "optimizer.state_dtype=8bit"],
+        [*ADAPTIVE, "optimizer.apply=immediate", "trainer.micro_batch_size=8"],
         ["optimizer=natural_galore", *LOW_RANK, "trainer.precision=bf16_master"],
         [
             "optimizer=natural_galore",
