@@ -129,7 +129,9 @@ def build(shape: tuple[int, int], parts: dict[str, str], **options: Any) -> tupl
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(shape, dtype=torch.float64))
     group = {"params": [weight], "rank": RANK, "update_proj_gap": GAP, "scale": SCALE}
-    settings = {"lr": LR, "betas": (BETA1, BETA2), "eps": EPS, "weight_decay": DECAY, "damping": DAMPING, "history": HISTORY}
+    settings = {"lr": LR, "betas": (BETA1, BETA2), "eps": EPS, "weight_decay": DECAY, "damping": DAMPING}
+    if parts["fisher"] in ("history", "two_sided"):
+        settings["history"] = HISTORY
     return weight, NaturalGaLore([group], stagger=False, subspace="svd", **settings, **parts, **options)
 
 
@@ -168,7 +170,8 @@ def test_without_fisher_and_projection_it_is_torch_adamw(dtype: torch.dtype, sha
     """
     torch.manual_seed(0)
     ours, theirs = (nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=dtype)) for _ in range(2))
-    mine = NaturalGaLore([{"params": [ours], "rank": "full"}], lr=LR, fisher="none", scale=1.0, eps=1e-3, weight_decay=DECAY)
+    group, betas = {"params": [ours], "rank": "full"}, (0.9, 0.999)
+    mine = NaturalGaLore([group], lr=LR, betas=betas, fisher="none", scale=1.0, eps=1e-3, weight_decay=DECAY)
     reference = torch.optim.AdamW([theirs], lr=LR, weight_decay=0.0, foreach=False)
     for t in range(1, 30):
         ours.grad = torch.randn(shape, dtype=dtype)
@@ -192,8 +195,8 @@ def test_without_fisher_and_projection_it_is_torch_adamw(dtype: torch.dtype, sha
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_with_eps_zero_and_no_decay_it_is_torch_adamw_over_many_steps(dtype: torch.dtype) -> None:
     ours, theirs = (nn.Parameter(torch.randn(6, 9, generator=torch.Generator().manual_seed(1), dtype=dtype)) for _ in range(2))
-    mine = NaturalGaLore([{"params": [ours], "rank": "full"}], lr=LR, fisher="none", scale=1.0, eps=0.0)
-    reference = torch.optim.AdamW([theirs], lr=LR, weight_decay=0.0, eps=0.0, foreach=False)
+    mine = NaturalGaLore([{"params": [ours], "rank": "full"}], lr=LR, betas=(0.9, 0.99), fisher="none", scale=1.0, eps=0.0)
+    reference = torch.optim.AdamW([theirs], lr=LR, betas=(0.9, 0.99), weight_decay=0.0, eps=0.0, foreach=False)
     for _ in range(50):
         ours.grad = torch.randn(6, 9, dtype=dtype)
         theirs.grad = ours.grad.clone()
