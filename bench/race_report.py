@@ -39,6 +39,10 @@ class Standing:
     def spread(self) -> float:
         return max(self.losses) - min(self.losses)
 
+    def curve(self) -> dict[int, float]:
+        """Tokens -> held-out loss on the way, averaged over the runs."""
+        return {points[0][0]: mean(loss for _, loss in points) for points in zip(*(run["curve"] for run in self.runs), strict=True)}
+
     def average(self, key: str) -> float:
         return mean(run[key] for run in self.runs)
 
@@ -84,25 +88,30 @@ def markdown(table: list[Standing]) -> str:
 
 
 def draw(table: list[Standing], folder: Path, label: str) -> None:
-    """Loss against tokens of the best methods, and final loss against the matrices' state of all."""
+    """Loss against tokens of the best methods (beside AdamW's, if it ran), and final loss against the matrices' state of all."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     table = [row for row in table if math.isfinite(row.loss)]
-    curves, states = Figure(figsize=(8, 5)), Figure(figsize=(8, 5))
+    colours = dict(zip((row.name for row in table), itertools.cycle(colormaps["tab20"].colors), strict=False))
+    curves, states = Figure(figsize=(9, 5)), Figure(figsize=(9, 5))
     axes = curves.subplots()
+    baseline = next((row.curve() for row in table if row.name == "adamw"), None)
     for row in table[:_CURVES]:
-        points = [tuple(map(mean, zip(*of_runs, strict=True))) for of_runs in zip(*(run["curve"] for run in row.runs), strict=True)]
-        axes.plot(*zip(*points, strict=True), label=row.name)
-    axes.set(xlabel="tokens", ylabel="held-out loss, nats a token", yscale="log")
-    axes.legend(fontsize="small")
+        curve = row.curve()
+        if baseline is not None:
+            curve = {tokens: loss - baseline[tokens] for tokens, loss in curve.items()}
+        axes.plot(list(curve), list(curve.values()), label=row.name, color=colours[row.name])
+    axes.set(xlabel="tokens", ylabel="held-out loss, nats a token" + (", minus AdamW's" if baseline is not None else ""))
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     axes = states.subplots()
     for row in table:
-        x = row.average("matrix_state_bytes") / 1024
-        axes.errorbar([x], [row.loss], [[row.loss - min(row.losses)], [max(row.losses) - row.loss]], fmt="o")
-        axes.annotate(row.name, (x, row.loss), xytext=(4, 4), textcoords="offset points", fontsize="x-small")
+        x, below, above = row.average("matrix_state_bytes") / 1024, row.loss - min(row.losses), max(row.losses) - row.loss
+        axes.errorbar([x], [row.loss], [[below], [above]], fmt="o", color=colours[row.name], label=row.name)
     axes.set(xlabel="state of the attention and MLP matrices, KiB", ylabel="final held-out loss, nats a token", xscale="symlog")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     for figure, name in ((curves, "loss"), (states, "state")):
-        figure.savefig(folder / f"{name}_{label}.png", dpi=150, bbox_inches="tight")
+        figure.savefig(folder / f"{name}_{label}.png", dpi=120, bbox_inches="tight")
 
 
 def write_report(folder: Path) -> Path:
