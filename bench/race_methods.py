@@ -54,6 +54,7 @@ METHODS: dict[str, Method] = {
     "foam": Method("FOAM", 0.005),
     "apollo": Method("APOLLO", 0.008, {"betas": BETAS}, "d/4"),
     "apollo_mini": Method("APOLLO", 0.008, {"betas": BETAS, "per": "tensor", "alpha": 128.0}, 1),
+    "fira_published": Method("PublishedFira", 0.01, {"betas": BETAS}, "d/4"),
     "galore_rotate": _low_rank("GaLore", subspace="svd", on_refresh="rotate"),
     "galore_fira_rotate": _low_rank("GaLore", subspace="randomized", on_refresh="rotate", complement="fira"),
     "natural_factored": _natural("factored"),

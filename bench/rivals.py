@@ -1,7 +1,7 @@
-"""Published optimizers that the race compares with: RACS, FOAM, APOLLO and SCALE, for matrices only.
+"""Published optimizers that the race compares with: RACS, FOAM, APOLLO, Fira and SCALE, for matrices only.
 
 Written from the papers' formulas. Each keeps its state in fp32, updates a matrix from its whole gradient and leaves embedding, head and
-norms to somebody else. Muon is torch.optim.Muon. Letters: W is m x n; for APOLLO a is the shorter side, b the longer, r the rank.
+norms to somebody else. Muon is torch.optim.Muon. Letters: W is m x n; for APOLLO and Fira a is the shorter side, b the longer, r the rank.
 """
 
 from __future__ import annotations
@@ -156,6 +156,53 @@ class APOLLO(Rival):
         dim = 0 if group["per"] == "channel" else None
         scale = torch.linalg.vector_norm(adam_rb, dim=dim) / (torch.linalg.vector_norm(low_rb, dim=dim) + 1e-8)
         update_ab = limit_growth_(grad_ab * scale, state) * math.sqrt(group["alpha"])
+        return update_ab if wide else update_ab.mT
+
+
+class PublishedFira(Rival):
+    """Fira as its authors released it (arXiv:2410.01623, its code): GaLore with what the projection dropped. State a r + 2 b r + 1.
+
+    R = P'G with P the first r left singular vectors of the gradient every `update_proj_gap` updates; N = M / (sqrt(V) + eps), not rotated;
+    phi_j = |N_j| / |R_j|; S = phi (G - alpha P R) with the norm-growth limiter; U = (alpha P N + S) with Adam's bias corrections. Unlike
+    the paper's formula, which `ngpt.optim` has, alpha is on the projected part alone.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        *,
+        rank: int,
+        update_proj_gap: int = 200,
+        alpha: float = 0.25,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, rank=rank, update_proj_gap=update_proj_gap, alpha=alpha, betas=betas, eps=eps, **options)
+
+    def begin(self, weight: Tensor, group: dict[str, Any]) -> State:
+        low, short = (group["rank"], max(weight.shape)), min(weight.shape)
+        return {
+            "basis": weight.new_zeros(short, group["rank"]),
+            "exp_avg": weight.new_zeros(low),
+            "exp_avg_sq": weight.new_zeros(low),
+            "norm": weight.new_zeros(()),
+        }
+
+    def direction(self, grad: Tensor, state: State, group: dict[str, Any]) -> Tensor:
+        wide = grad.shape[0] < grad.shape[1]
+        grad_ab, (beta1, beta2), alpha = grad if wide else grad.mT, group["betas"], group["alpha"]
+        if (state["step"] - 1) % group["update_proj_gap"] == 0:
+            state["basis"] = torch.linalg.svd(grad_ab, full_matrices=False)[0][:, : group["rank"]].contiguous()
+        basis_ar = state["basis"]
+        low_rb = basis_ar.mT @ grad_ab
+        first, second = state["exp_avg"].lerp_(low_rb, 1 - beta1), state["exp_avg_sq"].lerp_(low_rb.square(), 1 - beta2)
+        adam_rb = first / (second.sqrt() + group["eps"])
+        scale_b = torch.linalg.vector_norm(adam_rb, dim=0) / (torch.linalg.vector_norm(low_rb, dim=0) + 1e-8)
+        dropped_ab = limit_growth_(scale_b * (grad_ab - alpha * (basis_ar @ low_rb)), state)
+        correction = math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
+        update_ab = correction * (alpha * (basis_ar @ adam_rb) + dropped_ab)
         return update_ab if wide else update_ab.mT
 
 

@@ -252,7 +252,8 @@ class AdamW(torch.optim.Optimizer):
         moments = [Stored.of(state, key, stored.shape).split(rows) for key in ("exp_avg", "exp_avg_sq")]
         rounding, moment_rounding = self._rounding_generator(p), self._moment_generator(p, MOMENT_STREAM)
         for target, grad_piece, working_piece, first, second in zip(*pieces, *moments, strict=True):
-            with unchanged_unless(finite, [target, working_piece, *first.tensors(), *second.tensors()]):
+            written = [target, *([working_piece] if "master" in state else []), *first.tensors(), *second.tensors()]
+            with unchanged_unless(finite, written):
                 m, v, weight = first.read(), second.read(), working_piece.to(compute_dtype(p))
                 adam.adamw_([weight], [grad_piece.to(m.dtype)], [m], [v], [int(state["step"])], **_adamw_settings(group))
                 first.write_(m, moment_rounding)
@@ -285,9 +286,12 @@ class AdamW(torch.optim.Optimizer):
 @contextlib.contextmanager
 def unchanged_unless(finite: Tensor | None, tensors: list[Tensor]) -> Iterator[None]:
     """What the block does to `tensors` holds only if `finite` (a bool tensor on their device, which nobody waits for; None: it holds)."""
-    before = [] if finite is None else [tensor.clone() for tensor in tensors]
+    if finite is None:
+        yield
+        return
+    before = [tensor.clone() for tensor in tensors]
     yield
-    for tensor, old in zip(tensors, before, strict=False):
+    for tensor, old in zip(tensors, before, strict=True):
         tensor.copy_(torch.where(finite, tensor, old))
 
 

@@ -221,7 +221,7 @@ class LowRankAdamW(AdamW):
         state, group = self.state[p], self.slot(p).group
         old = self._bases(state)
         if group["on_refresh"] == "rotate" and _moment_age(state) > 0:
-            self._rotate(p, tuple(rotation.change_of_basis(new, was) for new, was in zip(fresh, old, strict=True)))
+            self._rotate(p, *(rotation.change_of_basis(new, was) for new, was in zip(fresh, old, strict=True)))
         elif group["on_refresh"] == "reset":
             moments.clear_moments_(state)
             for key in ("history", "gram", "fisher_factor", "fisher_root"):
@@ -236,17 +236,18 @@ class LowRankAdamW(AdamW):
         state["refreshes"] += 1
         return True
 
-    def _rotate(self, p: Tensor, changes: tuple[Tensor, ...]) -> None:
+    def _rotate(self, p: Tensor, change_rr: Tensor, *long_change_rr: Tensor) -> None:
         state, group = self.state[p], self.slot(p).group
-        width = changes[1].shape[1] if len(changes) > 1 else max(p.shape)
+        changes = (change_rr, *long_change_rr)
+        width = long_change_rr[0].shape[1] if long_change_rr else max(p.shape)
         generator = self._moment_generator(p, ROTATION_STREAM)
         moments.rotate_moments_(group["moments"], state, changes, width, group["betas"], _moment_age(state), generator)
         if "history" in state:
-            rotation.rotate_history_(changes[0], state["history"], *changes[1:])
+            rotation.rotate_history_(change_rr, state["history"], *long_change_rr)
             state["gram"].copy_(natural_gradient.gram_matrix(state["history"], sum_over_shards=self.sum_over_shards))
         if "fisher_factor" in state:
-            factored_fisher.rotate_factor_(state, changes[0])
-            self._find_root(state, group, changes[0].shape[0])
+            factored_fisher.rotate_factor_(state, change_rr)
+            self._find_root(state, group, change_rr.shape[0])
 
     def _update(self, p: Tensor, reduced: Tensor, finite: Tensor | None) -> None:
         if self._is_plain(self.slot(p).group):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.rivals import APOLLO, FOAM, RACS, SCALE, limit_growth_
+from bench.rivals import APOLLO, FOAM, RACS, SCALE, PublishedFira, limit_growth_
 
 GAMMA = 1.01
 
@@ -114,6 +114,26 @@ def test_apollo_scales_the_gradient_as_adam_scales_its_projection(shape: tuple[i
         update = update * math.sqrt(alpha)
         expected.append(update if shape[0] < shape[1] else update.T)
     assert_updates(trajectory(APOLLO, shape, **options), expected)
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5)])
+def test_published_fira_adds_what_the_projection_dropped(shape: tuple[int, int]) -> None:
+    beta1, beta2, eps, gap, rank, alpha = 0.9, 0.99, 1e-6, 100, 2, 0.25
+    options = {"rank": rank, "alpha": alpha, "betas": (beta1, beta2), "eps": eps, "update_proj_gap": gap}
+    first, second, expected, last, basis = 0.0, 0.0, [], None, None
+    for t, grad in enumerate(gradients(shape), start=1):
+        flat = grad if shape[0] < shape[1] else grad.T
+        if basis is None:
+            basis = np.linalg.svd(flat)[0][:, :rank]
+        low = basis.T @ flat
+        first = beta1 * first + (1 - beta1) * low
+        second = beta2 * second + (1 - beta2) * low**2
+        adam = first / (np.sqrt(second) + eps)
+        phi = [np.linalg.norm(adam[:, j]) / (np.linalg.norm(low[:, j]) + 1e-8) for j in range(max(shape))]
+        dropped, last = limited((flat - alpha * basis @ low) * np.array(phi), last)
+        update = (alpha * basis @ adam + dropped) * math.sqrt(1 - beta2**t) / (1 - beta1**t)
+        expected.append(update if shape[0] < shape[1] else update.T)
+    assert_updates(trajectory(PublishedFira, shape, **options), expected)
 
 
 def test_apollo_keeps_no_projection() -> None:
