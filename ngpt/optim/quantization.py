@@ -25,6 +25,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ngpt.optim.rounding import random_16_bits
+
 BLOCK = 256  # values that share a scale
 
 MANTISSA_BITS_OF_FP32 = 23
@@ -86,13 +88,6 @@ def _blocks(first: Tensor, second: Tensor, third: Tensor, *, scaled: int = 2) ->
             yield tuple(t[rows, None] if i == scaled else t[start:stop].view(-1, width) for i, t in enumerate(tensors))  # type: ignore[misc]
 
 
-def _random_16_bits(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Integers 0 ... 65535 as int32, of the shape of `like`. Each draw of the generator gives four."""
-    draws = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
-    draws.random_(-(2**63), None, generator=generator)
-    return draws.view(torch.int16)[: like.numel()].to(torch.int32).bitwise_and_(0xFFFF).view(like.shape)
-
-
 # ------------------------------------------------------------------------------------------------------------------- unsigned
 def _unsigned_level(codes: Tensor) -> Tensor:
     wide = codes.to(torch.int32)
@@ -112,7 +107,7 @@ def _store_unsigned_(codes: Tensor, scales: Tensor, values: Tensor, generator: t
         bits.add_(HALF_A_LEVEL - LOWEST)
     else:
         half_a_draw = 1 << DROPPED_BITS - 17  # so that the 16 bits are right on average
-        bits.add_(_random_16_bits(values, generator).bitwise_left_shift_(DROPPED_BITS - 16)).add_(half_a_draw - LOWEST)
+        bits.add_(random_16_bits(values, generator).bitwise_left_shift_(DROPPED_BITS - 16)).add_(half_a_draw - LOWEST)
     bits.bitwise_right_shift_(DROPPED_BITS)
     is_positive = values.view(torch.int32).clamp(0, 1)
     codes.copy_(torch.maximum(bits.clamp_(max=255), is_positive))
@@ -141,5 +136,5 @@ def _round_between_fourth_powers(roots: Tensor, generator: torch.Generator) -> T
     low = roots.floor()
     above = (roots - low).mul_(roots + low).mul_(roots.square().addcmul_(low, low))
     gap = torch.addcmul(low, low, low).mul_(2).add_(1).mul_(low.mul(2).add_(1))
-    draw = _random_16_bits(roots, generator).to(torch.float32).add_(0.5).mul_(2**-16)
+    draw = random_16_bits(roots, generator).to(torch.float32).add_(0.5).mul_(2**-16)
     return low.add_(above.div_(gap).add_(draw).floor_())

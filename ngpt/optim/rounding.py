@@ -30,6 +30,13 @@ def generator_for(device: torch.device, seed: int, *counters: int) -> torch.Gene
     return torch.Generator(device=device).manual_seed(counter_seed(seed, *counters))
 
 
+def random_16_bits(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Integers 0 ... 65535 as int32, of the shape of `like`. Each draw of the generator gives four."""
+    draws = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
+    draws.random_(-(2**63), None, generator=generator)
+    return draws.view(torch.int16)[: like.numel()].to(torch.int32).bitwise_and_(0xFFFF).view(like.shape)
+
+
 def stochastic_round_(target: Tensor, exact: Tensor, generator: torch.Generator) -> None:
     """Write the fp32 tensor `exact` into the bf16 tensor `target`, up or down with probabilities that make the mean right.
 
@@ -38,8 +45,6 @@ def stochastic_round_(target: Tensor, exact: Tensor, generator: torch.Generator)
     """
     assert (exact.dtype, target.dtype) == (torch.float32, torch.bfloat16), (exact.dtype, target.dtype)
     bits = exact.contiguous().view(torch.int32)
-    draws = torch.empty(-(-bits.numel() // 4), dtype=torch.int64, device=bits.device)
-    draws.random_(-(2**63), None, generator=generator)  # each draw holds the 16 bits of four weights
-    noise = draws.view(torch.int16)[: bits.numel()].to(torch.int32).bitwise_and_(0xFFFF).view(bits.shape)
+    noise = random_16_bits(bits, generator)
     noise.masked_fill_(bits.bitwise_and(MAGNITUDE_BITS) >= LARGEST_BF16, 0)
     target.copy_(noise.add_(bits).bitwise_and_(KEPT_BITS).view(torch.float32))
