@@ -1,17 +1,13 @@
 """Moments in 8 bits: block-wise codes with one scale per 256 values, rounded stochastically so that slow averages keep moving.
 
-Two maps, chosen by the error of Adam's direction m / sqrt(v) against fp32 moments (betas 0.9, 0.999; root mean square over blocks whose
-gradient scales are log-normal; a small LLaMA's second moments have spreads (sigma) of 0.5 to 1.1 within a block, and ranges up to 2^31):
+Two maps, one for each moment:
 
 - unsigned (second moment): an 8-bit float without a sign, five bits of exponent and three of mantissa, times a power of two per block.
   Code 0 is exactly 0, code c > 0 is s 2^(c // 8 - 31) (1 + (c mod 8) / 8): relative spacing 1/15 to 1/8 over 31.7 octaves, so that a
   value down to 6e-10 of its block's maximum has the same relative error as the maximum itself. Codes come from the bits of the fp32
   number. As scales are powers of two, levels stay where they are while the maximum of the block drifts: only what changes is rounded.
-  Error of the direction 10 % for every sigma from 0 to 1, 11 % at 2; equally spaced logarithms with the maximum as scale 11-12 %;
-  eighth powers 7, 10 and 16 % at 0, 1 and 2; squares 3 % at 0, but 24 % at 1.
-- signed (first moment): fourth powers, code c is s sign(c) (c / 127)^4 with s the largest magnitude of the block. Error of the direction,
-  stochastically rounded, 3.3, 4.5, 5.6 and 14 % at sigma 0, 0.7, 1 and 2; squares 2.1, 4.3, 7.3 and over 50 %; equally spaced levels
-  2.1 % at 0 and 41 % at 1; 8-bit floats with four bits of exponent 8 % and, at 2, 12 %. Rounding to nearest has 0.7 of these errors, but:
+- signed (first moment): fourth powers, code c is s sign(c) (c / 127)^4 with s the largest magnitude of the block: dense near zero, as
+  coordinates with small gradients need, where equally spaced levels would round most of them to nothing.
 
 v <- b2 v + (1 - b2) g^2 moves v by about 0.1 % a step, far less than a level: rounding to nearest would freeze it. So would m where it
 is small beside its block: with b1 = 0.9 a coordinate without gradients stops falling at 5e-4 of the block's maximum while sqrt(v) goes on.
