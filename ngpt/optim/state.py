@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +25,30 @@ KIND = {
     "long_mean_sq": "fisher",
     "master": "master",
 }  # every other tensor of the state is a counter or a norm: "other"
+
+
+@dataclass(frozen=True)
+class StatePart:
+    """One state tensor of one parameter, or the part of it that this process holds: what a checkpoint reads and fills.
+
+    `values` is the live tensor, to be read or written in place. Its last axis is [start, start + count) of the last axis of `shape`, the
+    shape of the whole: (numel,) for plain parameters, (r, b) for moments in a subspace, (s, r, b) for a history. What every process
+    holds whole has start 0 and the shape of the whole; counters are 0-dim.
+
+    With 8-bit state `values` are flat codes of the part's elements in row-major order, padded to whole blocks, `scales` one fp32
+    number a block, and `signed` says which map they are in (`ngpt.optim.quantization`); `count` cannot be told from `values` then.
+    """
+
+    values: Tensor
+    shape: torch.Size
+    start: int
+    count: int
+    scales: Tensor | None = None
+    signed: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        return not self.shape or self.count == self.shape[-1]
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
