@@ -1,4 +1,6 @@
-"""Settings of the whole test run: few threads per process, and slow tests after all others."""
+"""Settings of the whole test run: few threads per process, and slow tests after all others, processes for tests of several ranks."""
+
+from __future__ import annotations
 
 import os
 
@@ -7,6 +9,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+import importlib.util
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -19,3 +29,35 @@ settings.load_profile("repeatable")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run tests marked slow last, so that a mistake shows within seconds."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+def _load_rank_pool() -> ModuleType:
+    """tests/rank_pool.py, which is in no package."""
+    spec = importlib.util.spec_from_file_location("rank_pool", Path(__file__).with_name("rank_pool.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["rank_pool"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def rank_pool() -> Iterator[Any]:
+    """The processes behind `on_ranks`, which start when the first test needs them."""
+    pool = _load_rank_pool().RankPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def on_ranks(rank_pool: Any, tmp_path: Path) -> Callable[..., list[Any]]:
+    """`on_ranks(world_size, function, *args, timeout=120)`: results, by rank, of a top-level function in a fresh gloo group.
+
+    What a rank raises is raised in the test; a rank that dies or hangs is killed and named.
+    """
+    stores = itertools.count()
+
+    def run(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+        return rank_pool.run(world_size, function, *args, store=tmp_path / f"ranks-{next(stores)}", timeout=timeout)
+
+    return run
