@@ -10,18 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ngpt.config.schema import (
+from ngpt.config.optimizers import (
     AdamWConfig,
     AdaRankGradConfig,
-    ConstantSchedulerConfig,
-    CosineSchedulerConfig,
     GaLoreConfig,
-    LinearSchedulerConfig,
     LoRAConfig,
     LowRankConfig,
     NaturalGaLoreConfig,
     OptimizerConfig,
     ReLoRAConfig,
+)
+from ngpt.config.schema import (
+    ConstantSchedulerConfig,
+    CosineSchedulerConfig,
+    LinearSchedulerConfig,
     RunConfig,
     SchedulerConfig,
     WSDSchedulerConfig,

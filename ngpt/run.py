@@ -17,7 +17,8 @@ import yaml
 
 from ngpt import build
 from ngpt.checkpoint import resume, store
-from ngpt.config.schema import LoRAConfig, RunConfig, steps_in_run
+from ngpt.config.optimizers import LoRAConfig
+from ngpt.config.schema import RunConfig, steps_in_run
 from ngpt.config.validate import ConfigError
 from ngpt.data.documents import DataError
 from ngpt.data.unigram import unigram_perplexity

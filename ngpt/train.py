@@ -21,6 +21,7 @@ from ngpt.config.compose import (
     run_name_in_sweep,
     strip_launcher_arguments,
     to_run_config,
+    with_open_settings,
 )
 from ngpt.config.schema import RunConfig
 from ngpt.config.validate import ConfigError, validate
@@ -66,7 +67,7 @@ def main() -> None:
     def job(composed: DictConfig) -> None:
         exit_codes.append(_run_job(composed, arguments, world_size))
 
-    sys.argv = [sys.argv[0], *arguments]
+    sys.argv = [sys.argv[0], *with_open_settings(arguments)]
     register_schema()
     job()
     sys.exit(max(exit_codes, default=0))

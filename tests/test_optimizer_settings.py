@@ -10,7 +10,8 @@ import pytest
 
 from ngpt.build import build_model, build_optimizer
 from ngpt.config.compose import compose_run
-from ngpt.config.schema import AdaRankGradConfig, GaLoreConfig, LowRankConfig, NaturalGaLoreConfig, RunConfig
+from ngpt.config.optimizers import AdaRankGradConfig, GaLoreConfig, LowRankConfig, NaturalGaLoreConfig
+from ngpt.config.schema import RunConfig
 from ngpt.config.validate import ConfigError, validate
 
 TINY = [

@@ -40,6 +40,8 @@ _HYDRA_FLAGS = (
 # With these Hydra reads other files than ours, or arguments that are not meant for this run: it does its own checks then.
 _UNCHECKED_FLAGS = ("--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
 
+_OPEN = "engine.deepspeed"  # a section whose keys are not ours
+
 
 # ------------------------------------------------------------------------------------------------------- command line
 def strip_launcher_arguments(argv: list[str]) -> list[str]:
@@ -54,6 +56,11 @@ def strip_launcher_arguments(argv: list[str]) -> list[str]:
     return kept
 
 
+def with_open_settings(argv: Sequence[str]) -> list[str]:
+    """`argv` with `++` before settings below `engine.deepspeed`, which are DeepSpeed's and not in our schema: Hydra wants that."""
+    return [f"++{argument}" if argument.startswith((f"{_OPEN}=", f"{_OPEN}.")) else argument for argument in argv]
+
+
 def refuse_multirun_under_launcher(argv: list[str], world_size: int) -> None:
     """Raise ConfigError for a sweep (`-m`) under several ranks: each rank would run every job, out of step with the others."""
     flags = [argument for argument in argv if argument == "-m" or (len(argument) > 3 and "--multirun".startswith(argument))]
@@ -61,10 +68,8 @@ def refuse_multirun_under_launcher(argv: list[str], world_size: int) -> None:
     if world_size > 1 and flags:
         raise ConfigError(
             [
-                f"{flags[0]}: a sweep cannot run inside one launch of several ranks; start one launch per job:\n"
-                "      for lr in 0.005 0.01; do\n"
-                f"        torchrun --nproc_per_node {world_size} -m ngpt.train optimizer.lr=$lr run.name=lr-$lr\n"
-                "      done"
+                f"{flags[0]}: a sweep cannot run inside one launch of several ranks; start one launch per job, in turn:\n"
+                f"      NPROC={world_size} python launch/sweep.py launch/torchrun.sh optimizer.lr=0.005,0.01"
             ]
         )
 
@@ -150,6 +155,8 @@ def _group_choices(overrides: list[Override]) -> tuple[dict[str, list[str]], lis
 def _override_problems(override: Override, config: DictConfig) -> Iterator[str]:
     key = override.key_or_group
     text = (override.input_line or "").partition("=")[2]
+    if key == _OPEN or key.startswith(f"{_OPEN}."):
+        return
     if key not in _paths(config):
         yield unknown_setting(key, text, _variants(config))
     elif override.is_delete():
@@ -263,7 +270,7 @@ def _compose(overrides: list[str]) -> DictConfig:
     register_schema()
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            return compose("config", overrides)
+            return compose("config", with_open_settings(overrides))
     except HydraException as error:
         problems = list(_experiment_problems(overrides))
         raise ConfigError(problems or [f"{' '.join(overrides)} = : {error}; see --help"]) from error

@@ -1,7 +1,8 @@
 """Every setting of a run: one dataclass per group of conf/, each field with its type, default, unit and meaning.
 
-Defaults live here and nowhere else; the files of conf/ hold only what differs. `setting` also records the rule that a
-single value must obey, so that `ngpt.config.validate` can check all of them in one pass and name the value, the rule and the fix.
+Defaults live here (those of optimizers in `ngpt.config.optimizers`) and nowhere else; the files of conf/ hold only what differs.
+`setting` also records the rule that a single value must obey, so that `ngpt.config.validate` can check all of them in one pass and
+name the value, the rule and the fix.
 """
 
 from __future__ import annotations
@@ -12,26 +13,19 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
+from ngpt.config.optimizers import (
+    AdamWConfig,
+    AdaRankGradConfig,
+    GaLoreConfig,
+    LoRAConfig,
+    NaturalGaLoreConfig,
+    OptimizerConfig,
+    ReLoRAConfig,
+)
+from ngpt.config.setting import setting
+
 # OmegaConf resolves annotations with typing.get_type_hints and does not read `X | None` on every Python that we support.
 # ruff: noqa: UP045, RUF009
-
-
-def setting(
-    default: Any,
-    meaning: str,
-    *,
-    choices: tuple[str, ...] | None = None,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """A dataclass field that carries its meaning (with the unit) and the rule for its value as metadata."""
-    rules = {"choices": choices, "at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    metadata = {"meaning": meaning} | {name: bound for name, bound in rules.items() if bound is not None}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 # --------------------------------------------------------------------------------------------------------------- model
@@ -122,134 +116,6 @@ class SyntheticDataConfig(DataConfig):
     document_tokens: int = setting(512, "mean length of a document, tokens", at_least=1)
 
 
-# ------------------------------------------------------------------------------------------------------------ optimizer
-@dataclass
-class OptimizerConfig:
-    """What every optimizer has in common."""
-
-    name: str = MISSING
-    lr: float = setting(1e-3, "peak learning rate", above=0)
-    betas: list[float] = setting([0.9, 0.999], "decay of the first and of the second moment")
-    eps: float = setting(1e-8, "added to the root of the second moment", above=0)
-    weight_decay: float = setting(0.0, "decoupled weight decay, per unit of learning rate", at_least=0)
-    state_dtype: str = setting("fp32", "how moments are kept: fp32; bf16, half of that; 8bit, a quarter", choices=("fp32", "bf16", "8bit"))
-    apply: str = setting(
-        "deferred",
-        "whole: keep all gradients until the update; deferred: project and free each gradient during backward, update afterwards; "
-        "immediate: update each layer inside backward (least memory; no accumulation, no clipping)",
-        choices=("whole", "deferred", "immediate"),
-    )
-
-
-@dataclass
-class AdamWConfig(OptimizerConfig):
-    name: str = setting("adamw", "optimizer (choose with optimizer=...)", choices=("adamw",))
-
-
-@dataclass
-class LowRankConfig(OptimizerConfig):
-    """What optimizers on projected gradients have in common. Norms, and as a rule embedding and head, get plain AdamW."""
-
-    lr: float = setting(1e-2, "peak learning rate", above=0)
-    eps: float = setting(1e-6, "added to the root of the second moment", above=0)
-    rank: int = setting(128, "rank of the projected gradients", at_least=1)
-    update_proj_gap: int = setting(200, "updates between refreshes of a matrix's subspace", at_least=1)
-    scale: float = setting(0.25, "factor on the lifted update (alpha of the papers)", above=0)
-    subspace: str = setting(
-        "randomized",
-        "how a basis is found: exact SVD, a warm-started randomized range finder, or at random",
-        choices=("svd", "randomized", "random"),
-    )
-    on_refresh: str = setting("rotate", "what happens to moments and Fisher when the basis changes", choices=("rotate", "keep", "reset"))
-    stagger: bool = setting(True, "spread the refreshes of different matrices over update_proj_gap steps")
-    moments: str = setting(
-        "adam",
-        "of projected gradients: Adam's; Adam's with a factored second one; only the first",
-        choices=("adam", "adafactor", "momentum"),
-    )
-    embeddings: bool = setting(False, "project embedding and head as well, at scale 1, instead of plain AdamW")
-    complement: str = setting(
-        "none", "fira: add back what the projection dropped, scaled by column; needs full gradients at the update", choices=("none", "fira")
-    )
-
-
-@dataclass
-class GaLoreConfig(LowRankConfig):
-    """GaLore (arXiv:2403.03507): Adam on gradients projected to rank r. The defaults are the published method's."""
-
-    name: str = setting("galore", "optimizer (choose with optimizer=...)", choices=("galore",))
-    subspace: str = setting(
-        "svd",
-        "how a basis is found: exact SVD, a warm-started randomized range finder, or at random",
-        choices=("svd", "randomized", "random"),
-    )
-    on_refresh: str = setting(
-        "keep", "what happens to moments when the basis changes (keep is the published GaLore)", choices=("rotate", "keep", "reset")
-    )
-    stagger: bool = setting(False, "spread the refreshes of different matrices over update_proj_gap steps")
-    proj_type: str = setting("std", "std: the shorter side is projected; full: both are", choices=("std", "full"))
-
-
-@dataclass
-class NaturalGaLoreConfig(LowRankConfig):
-    """Natural GaLore (arXiv:2410.16029): GaLore on gradients preconditioned by their inverse empirical Fisher."""
-
-    name: str = setting("natural_galore", "optimizer (choose with optimizer=...)", choices=("natural_galore",))
-    betas: list[float] = setting([0.9, 0.99], "decay of the first and of the second moment, or of the Fisher's averages")
-    fisher: str = setting(
-        "diagonal",
-        "history: of the last `history` projected gradients (the paper); two_sided: the same with both sides projected (the authors' "
-        "release); factored: r x r second moments; diagonal: row and column means of the squared full gradient, which is kept for it; "
-        "none: GaLore",
-        choices=("history", "two_sided", "factored", "diagonal", "none"),
-    )
-    history: Optional[int] = setting(
-        None, "projected gradients kept per matrix by history and two_sided (null: 20, s of the paper)", at_least=1
-    )
-    damping: float = setting(1e-3, "lambda of lambda*I + H H'; a share of the Fisher's mean for factored and diagonal", above=0)
-    moments: Optional[str] = setting(
-        None,
-        "as for GaLore (null: adam, but momentum for fisher=diagonal, which replaces the second moment)",
-        choices=("adam", "adafactor", "momentum"),
-    )
-    complement: Optional[str] = setting(
-        None, "fira: as for GaLore; raw: for fisher=diagonal, which scales it (null: that or none)", choices=("none", "fira", "raw")
-    )
-
-
-@dataclass
-class AdaRankGradConfig(LowRankConfig):
-    """AdaRankGrad (arXiv:2410.17881): GaLore whose rank follows the gradient's. `rank` is the largest, for which state is allocated."""
-
-    name: str = setting("adarankgrad", "optimizer (choose with optimizer=...)", choices=("adarankgrad",))
-    min_rank: int = setting(1, "smallest rank", at_least=1)
-    energy: float = setting(0.96, "share of the squared gradient that the rank keeps", above=0, at_most=1)
-    converged_below: float = setting(
-        0.5, "refresh when the projected gradient is below this share of its norm at the last one (0: never)", at_least=0, below=1
-    )
-
-
-@dataclass
-class LoRAConfig(OptimizerConfig):
-    """LoRA (arXiv:2106.09685) from scratch: AdamW on adapters of the frozen matrices of attention and MLP, and on all other weights."""
-
-    name: str = setting("lora", "optimizer (choose with optimizer=...)", choices=("lora",))
-    rank: int = setting(128, "rank of the adapters", at_least=1)
-    lora_alpha: float = setting(32.0, "numerator of the adapters' factor lora_alpha / rank", above=0)
-
-
-@dataclass
-class ReLoRAConfig(LoRAConfig):
-    """ReLoRA (arXiv:2307.05695): LoRA whose adapters are merged into the weights every so often and begin anew."""
-
-    name: str = setting("relora", "optimizer (choose with optimizer=...)", choices=("relora",))
-    merge_every: int = setting(1000, "updates between merges of the adapters into the weights", at_least=1)
-    restart_warmup_steps: int = setting(100, "updates after a merge over which the learning rate climbs back to the schedule's", at_least=0)
-    prune: float = setting(
-        0.99, "share of the adapters' moments, the smallest, that becomes zero at a merge (1: all)", at_least=0, at_most=1
-    )
-
-
 # ------------------------------------------------------------------------------------------------------------ scheduler
 @dataclass
 class SchedulerConfig:
@@ -310,7 +176,24 @@ class TrainerConfig:
 
 @dataclass
 class EngineConfig:
-    name: str = setting("auto", "what holds devices, precision and sharding; auto: local on one process", choices=("auto", "local"))
+    name: str = setting(
+        "auto",
+        "what holds devices, precision and sharding: local for one process, deepspeed for any number; auto: whichever fits the launch",
+        choices=("auto", "local", "deepspeed"),
+    )
+    zero_stage: int = setting(
+        1,
+        "what is divided among processes. 0: nothing; 1: optimizer state; 2: and accumulated gradients; 3: and weights",
+        at_least=0,
+        at_most=3,
+    )
+    timeout_seconds: int = setting(600, "wait for a process that died or hangs before all others stop", at_least=1)
+    check_replicas_every: int = setting(0, "steps between comparisons of the weights that all processes have (0: none)", at_least=0)
+    communication_dtype: str = setting(
+        "auto", "dtype in which gradients are summed over processes; auto: that of the weights", choices=("auto", "fp32", "bf16")
+    )
+    offload_optimizer: bool = setting(False, "keep optimizer state in the memory of the CPU")
+    deepspeed: dict[str, Any] = setting({}, "further options of DeepSpeed, as in its JSON: engine.deepspeed.wall_clock_breakdown=true")
 
 
 @dataclass
@@ -407,6 +290,13 @@ def steps_in_run(trainer: TrainerConfig) -> int:
     assert trainer.max_tokens is not None
     positions_per_step = trainer.global_batch_size * trainer.seq_len
     return -(-trainer.max_tokens // positions_per_step)
+
+
+def engine_of_launch(engine: EngineConfig, world_size: int) -> str:
+    """The engine, local or deepspeed, that `engine.name` means in a launch of `world_size` processes."""
+    if engine.name != "auto":
+        return engine.name
+    return "deepspeed" if world_size > 1 else "local"
 
 
 def warmup_steps_in_run(scheduler: SchedulerConfig, total_steps: int) -> int:

@@ -12,16 +12,12 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ngpt.config.engine_rules import engine_problems
 from ngpt.config.file_rules import file_problems
+from ngpt.config.optimizers import AdaRankGradConfig, GaLoreConfig, LoRAConfig, LowRankConfig, NaturalGaLoreConfig, ReLoRAConfig
 from ngpt.config.problems import ConfigError, problem, shown
 from ngpt.config.schema import (
-    AdaRankGradConfig,
     C4DataConfig,
-    GaLoreConfig,
-    LoRAConfig,
-    LowRankConfig,
-    NaturalGaLoreConfig,
-    ReLoRAConfig,
     RunConfig,
     WSDSchedulerConfig,
     checkpointing_interval,
@@ -299,11 +295,9 @@ def _held_out(config: RunConfig, world_size: int) -> Iterator[str]:
         yield problem("data.val_split", data.val_split, rule, "set data.val_split=validation")
 
 
-@_rule("engine.name")
+@_rule("engine.name", "engine.zero_stage", "optimizer.apply", "optimizer.fisher", "optimizer.complement")
 def _engine(config: RunConfig, world_size: int) -> Iterator[str]:
-    if world_size > 1:
-        rule = f"trains on one process, this launch has {world_size}"
-        yield problem("engine.name", config.engine.name, rule, "start one: python -m ngpt.train ..., or torchrun --nproc_per_node 1")
+    yield from engine_problems(config, world_size)
 
 
 @_rule()

@@ -20,7 +20,8 @@ from ngpt.config.compose import (
     sweep_name,
     to_run_config,
 )
-from ngpt.config.schema import NaturalGaLoreConfig, RunConfig
+from ngpt.config.optimizers import NaturalGaLoreConfig
+from ngpt.config.schema import RunConfig
 from ngpt.config.suggest import settings as paths_of_all_settings
 from ngpt.config.validate import ConfigError
 
@@ -193,6 +194,16 @@ def test_a_run_is_named_after_model_data_and_optimizer():
     assert compose_run(VALID).run.name == "llama_60m-synthetic-natural_galore"
 
 
+def test_options_of_deepspeed_are_written_like_settings():
+    options = ["engine.deepspeed.zero_optimization.overlap_comm=true", "engine.deepspeed.wall_clock_breakdown=true"]
+    for arguments in (options, [f"++{option}" for option in options], [f"+{option}" for option in options]):
+        config = compose_run([*VALID, "engine=deepspeed", *arguments])
+        assert config.engine.deepspeed == {"zero_optimization": {"overlap_comm": True}, "wall_clock_breakdown": True}
+    assert compose_run([*VALID, "engine=deepspeed", "engine.deepspeed={steps_per_print: 5}"]).engine.deepspeed == {"steps_per_print": 5}
+    with pytest.raises(ConfigError, match=r"engine\.deepspeeed"):
+        compose_run([*VALID, "engine.deepspeeed.wall_clock_breakdown=true"])
+
+
 # -------------------------------------------------------------------------------------------------------------- sweeps
 def test_jobs_of_a_sweep_are_named_by_what_varies():
     argv = ["-m", "data=synthetic", "optimizer.lr=1e-3,1e-2", "run.name=x", "data.shuffle_window=0"]
@@ -220,7 +231,7 @@ def test_a_sweep_under_several_ranks_is_refused_with_the_right_way(flag: str):
     with pytest.raises(ConfigError) as caught:
         refuse_multirun_under_launcher([*VALID, flag, "optimizer.lr=1,2"], 4)
     assert f"{flag}: a sweep cannot run inside one launch of several ranks; start one launch per job" in str(caught.value)
-    assert "for lr in 0.005 0.01; do\n        torchrun --nproc_per_node 4 -m ngpt.train optimizer.lr=$lr" in str(caught.value)
+    assert "NPROC=4 python launch/sweep.py launch/torchrun.sh" in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------------------ launchers

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from ngpt.config.compose import CONF_DIR, compose_run, group_choices
-from ngpt.config.schema import GROUPS, AdamWConfig, GaLoreConfig, LowRankConfig, NaturalGaLoreConfig, steps_in_run, warmup_steps_in_run
+from ngpt.config.optimizers import AdamWConfig, GaLoreConfig, LowRankConfig, NaturalGaLoreConfig
+from ngpt.config.schema import GROUPS, steps_in_run, warmup_steps_in_run
 
 FILES = sorted(path.relative_to(CONF_DIR).with_suffix("") for path in CONF_DIR.glob("*/*.yaml") if path.parent.name != "experiment")
 BENCHMARK = {  # GaLore's configs/*.json and Table 2: hidden, inner, blocks, heads, steps, rank

@@ -1,5 +1,6 @@
 """Validation: what every rule says, all of it at once, and nothing about configurations that are right."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,19 +9,24 @@ import pytest
 import sentencepiece
 
 from ngpt.config.file_rules import vocabulary_problem
-from ngpt.config.schema import (
+from ngpt.config.optimizers import (
     AdamWConfig,
     AdaRankGradConfig,
-    BuiltinDataConfig,
-    C4DataConfig,
     GaLoreConfig,
-    LocalC4DataConfig,
     LoRAConfig,
     NaturalGaLoreConfig,
+    OptimizerConfig,
     ReLoRAConfig,
+)
+from ngpt.config.schema import (
+    BuiltinDataConfig,
+    C4DataConfig,
+    EngineConfig,
+    LocalC4DataConfig,
     RunConfig,
     TokenizedDataConfig,
     WSDSchedulerConfig,
+    engine_of_launch,
 )
 from ngpt.config.validate import ConfigError, validate
 
@@ -307,10 +313,57 @@ def test_the_suggested_values_work(config: RunConfig, problems_of: Problems):
     assert problems_of(config) == []
 
 
-def test_several_processes_are_refused_with_what_to_do(config: RunConfig, problems_of: Problems):
+def test_the_engine_follows_the_launch_and_local_is_for_one_process(config: RunConfig, problems_of: Problems):
+    assert engine_of_launch(config.engine, 1) == "local"
+    assert engine_of_launch(config.engine, 4) == "deepspeed"
+    assert problems_of(config, world_size=4) == []
+    config.engine.name = "local"
     assert problems_of(config, world_size=4) == [
-        "engine.name = auto: trains on one process, this launch has 4; start one: python -m ngpt.train ..., or torchrun --nproc_per_node 1"
+        "engine.name = local: trains on one process, this launch has 4; set engine=auto, or start one: python -m ngpt.train ..."
     ]
+
+
+def test_settings_of_the_engine_that_mean_nothing_here_are_refused(config: RunConfig, problems_of: Problems):
+    config.engine.offload_optimizer = True
+    config.engine.deepspeed = {"wall_clock_breakdown": True}
+    assert [line.partition(" =")[0] for line in problems_of(config)] == ["engine.offload_optimizer", "engine.deepspeed"]
+    assert problems_of(config, world_size=2) == []
+    config.engine.zero_stage = 0
+    assert [line.partition(" =")[0] for line in problems_of(config, world_size=2)] == ["engine.offload_optimizer"]
+    config.engine = EngineConfig(zero_stage=3, check_replicas_every=10)
+    assert [line.partition(" =")[0] for line in problems_of(config, world_size=2)] == ["engine.check_replicas_every"]
+    config.engine = EngineConfig(zero_stage=4, timeout_seconds=0)
+    assert [line.partition(" =")[0] for line in problems_of(config)] == ["engine.zero_stage", "engine.timeout_seconds"]
+
+
+def test_relora_merges_whole_matrices_and_divides_no_state(config: RunConfig, problems_of: Problems):
+    config.optimizer = ReLoRAConfig(rank=8)
+    assert problems_of(config) == []
+    assert problems_of(config, world_size=2)[0].startswith("engine.zero_stage = 1: divides the optimizer's state, and optimizer=relora")
+    config.engine.zero_stage = 0
+    assert problems_of(config, world_size=2) == []
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "named"),
+    [
+        (AdamWConfig(), "optimizer.name = adamw"),
+        (AdamWConfig(apply="immediate"), None),
+        (GaLoreConfig(), None),
+        (GaLoreConfig(apply="whole"), "optimizer.apply = whole"),
+        (GaLoreConfig(complement="fira"), "optimizer.complement = fira"),
+        (NaturalGaLoreConfig(), "optimizer.fisher = diagonal"),
+        (NaturalGaLoreConfig(apply="immediate"), None),
+        (NaturalGaLoreConfig(fisher="history"), None),
+        (LoRAConfig(rank=8, apply="whole"), None),
+    ],
+    ids=lambda value: f"{value.name}-{value.apply}" if isinstance(value, OptimizerConfig) else "",
+)
+def test_forbidden_full_gradients_name_what_would_keep_them(config: RunConfig, problems_of: Problems, optimizer, named):
+    config.optimizer = dataclasses.replace(optimizer, forbid_full_gradients=True)
+    config.trainer.global_batch_size = config.trainer.micro_batch_size
+    found = problems_of(config)
+    assert [line.partition(":")[0] for line in found] == ([named] if named else [])
 
 
 def test_batch_arithmetic_counts_the_processes(config: RunConfig, problems_of: Problems):
