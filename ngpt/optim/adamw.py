@@ -13,8 +13,9 @@ from torch import Tensor
 from ngpt.optim import adam
 from ngpt.optim.hyper_parameters import SCHEDULER_KEYS, check_hyper_parameters
 from ngpt.optim.rounding import generator_for, stochastic_round_
-from ngpt.optim.state import check_state_fits, copy_state_
-from ngpt.optim.storage import Stored, allocate, compute_dtype, piece_elements, rows_per_piece
+from ngpt.optim.sharding import WHOLE, Asking, Publish, Sharding, Sum, alone
+from ngpt.optim.state import StatePart, check_state_fits, copy_state_
+from ngpt.optim.storage import SIGNED, Stored, allocate, compute_dtype, piece_elements, rows_per_piece
 
 BASIS_STREAM, ROUNDING_STREAM, MOMENT_STREAM, ROTATION_STREAM = range(4)  # what the random numbers of a parameter are for
 COUNTERS = frozenset({"step", "refreshes", "cleared_at", "rank", "merged_at"})  # int64 on the CPU; they move on in a skipped update too
@@ -39,7 +40,8 @@ class AdamW(torch.optim.Optimizer):
     rounded stochastically, so that changes smaller than a unit are kept on average.
 
     The update of one parameter has two phases: `reduce_gradient` turns a full gradient into what is kept of it, `apply_gradient`
-    updates the state and the weight. `step` is both for each parameter; per-layer updates and sharding call them apart.
+    updates the state and the weight. `step` is both for each parameter; per-layer updates call them apart. `sharding` says which part of
+    parameters and state this process has (all, unless somebody shards); the sharder runs `update`, the coroutine behind `apply_gradient`.
 
     State per parameter: `step` (int64, on the CPU, so that reading it waits for nothing), `exp_avg`, `exp_avg_sq` (with 8 bits also
     their `_scale`) and, if asked for, `master`: plain tensors, allocated when the group is added. Raises ValueError naming group, key,
@@ -57,10 +59,13 @@ class AdamW(torch.optim.Optimizer):
         state_dtype: str = "fp32",
         rounding: str = "stochastic",
         seed: int = 0,
+        sharding: Sharding = WHOLE,
     ) -> None:
         self._set_up(params, {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")})
 
-    def _set_up(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+    def _set_up(self, params: Iterable[Any], options: dict[str, Any]) -> None:
+        self.sharding: Sharding = options["sharding"]
+        defaults = {key: value for key, value in options.items() if key != "sharding"}
         self._slots: dict[Tensor, Slot] = {}
         check_hyper_parameters(defaults, defaults, type(self).__name__)
         super().__init__(params, defaults)
@@ -69,6 +74,7 @@ class AdamW(torch.optim.Optimizer):
         """Also called by torch for a copy, for unpickling and at the end of `load_state_dict`, with new group objects each time."""
         super().__setstate__(state)
         self._slots = {}
+        self.__dict__.setdefault("sharding", WHOLE)
 
     # ------------------------------------------------------------------------------------------------------------ groups
     def accepted_keys(self) -> set[str]:
@@ -125,13 +131,43 @@ class AdamW(torch.optim.Optimizer):
     def _allocate(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state = {"step": torch.zeros((), dtype=torch.int64)}
         for key in ("exp_avg", "exp_avg_sq"):
-            state |= allocate(key, p.shape, group["state_dtype"], p)
+            state |= allocate(key, self._own_weight(p).shape, group["state_dtype"], p)
         return state | self._allocate_master(p, group)
 
     def _allocate_master(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         if group["rounding"] != "master" or p.dtype == compute_dtype(p):
             return {}
-        return {"master": p.detach().to(torch.float32, copy=True)}
+        return {"master": self._own_weight(p).to(torch.float32, copy=True)}
+
+    def state_parts(self) -> dict[str, StatePart]:
+        """Every tensor of the state, or the part of it that is here, by "parameter name/key": live, for checkpoints to read and fill.
+
+        Raises ValueError if names of parameters are not unique, or a parameter is not contiguous.
+        """
+        parts: dict[str, StatePart] = {}
+        for p in self._parameters():
+            name = self.slot(p).name
+            if f"{name}/step" in parts:
+                raise ValueError(f"{name}: two parameters have this name; give the optimizer (name, parameter) pairs with different ones")
+            for key in self.state[p]:
+                if not key.endswith("_scale"):
+                    parts[f"{name}/{key}"] = self._state_part(p, key)
+        return parts
+
+    def _state_part(self, p: Tensor, key: str) -> StatePart:
+        values = self.state[p][key]
+        if values.ndim == 0:
+            return StatePart(values, torch.Size(), 0, 0)
+        return self._flat_part(p, key)
+
+    def _flat_part(self, p: Tensor, key: str) -> StatePart:
+        """A state tensor that goes along with the elements of the weight."""
+        numel = self.sharding.shape(p).numel()
+        start, stop = self.sharding.span(numel)
+        values, scales = self.state[p][key], self.state[p].get(f"{key}_scale")
+        if not values.is_contiguous():
+            raise ValueError(f"{self.slot(p).name}: its elements are not in row-major order, so they cannot be saved in parts")
+        return StatePart(values.view(-1), torch.Size((numel,)), start, stop - start, scales, SIGNED.get(key, False))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -196,19 +232,29 @@ class AdamW(torch.optim.Optimizer):
             raise RuntimeError(f"{self.slot(p).name}: sparse gradients are not supported; build the embedding with sparse=False")
         return grad
 
+    def reduced_shape(self, p: Tensor) -> tuple[int, int] | None:
+        """Rows and columns of a reduced gradient that is sharded by its columns; None for one that is sharded by flat slices."""
+        return None
+
     def drop_gradient(self, p: Tensor) -> None:
         """Forget whatever `reduce_gradient` prepared for the update of `p` that will not take place."""
 
-    @torch.no_grad()
     def apply_gradient(self, p: Tensor, reduced: Tensor, *, guard: bool = False) -> Tensor | None:
-        """Update state and weight of one parameter from its reduced gradient.
+        """Update state and weight of one parameter from its reduced gradient. Returns and `guard` as in `update`."""
+        return alone(self.update(p, reduced, guard=guard))
+
+    @torch.no_grad()
+    def update(self, p: Tensor, reduced: Tensor, *, guard: bool = False) -> Asking[Tensor | None]:
+        """The second phase as a coroutine: update the state that is here, and the weight, from the part of the reduced gradient here.
 
         With `guard`, weight and state keep their bits if the reduced gradient is not finite, decided on the device without waiting for
         it; only the counters on the CPU move on. Returns whether it was finite (a bool tensor on the device), or None without `guard`.
         """
-        finite = reduced.sum(dtype=compute_dtype(p)).isfinite() if guard else None  # NaN, infinity and overflow all end up in the sum
-        if self._begin_update(p, reduced, finite):
-            self._update(p, reduced, finite)
+        finite = None
+        if guard:  # NaN, infinity and overflow all end up in the sum
+            finite = (yield Sum(reduced.sum(dtype=compute_dtype(p)))).isfinite()
+        if (yield from self._begin_update(p, reduced, finite)):
+            yield from self._update(p, reduced, finite)
         else:
             self.state[p]["step"] += 1
         return finite
@@ -221,12 +267,23 @@ class AdamW(torch.optim.Optimizer):
         """Whether weight and moments are kept in the dtype of the arithmetic."""
         return p.dtype == compute_dtype(p) and group["state_dtype"] == "fp32"
 
-    def _begin_update(self, p: Tensor, reduced: Tensor, finite: Tensor | None) -> bool:
+    def _begin_update(self, p: Tensor, reduced: Tensor, finite: Tensor | None) -> Asking[bool]:
         """Make final what `reduce_gradient` prepared. False, with nothing changed, if a guarded update turns out to be one to skip."""
+        yield from ()
         return True
 
-    def _update(self, p: Tensor, reduced: Tensor, finite: Tensor | None) -> None:
-        self._update_in_pieces(p, reduced, self.slot(p).group, finite)
+    def _update(self, p: Tensor, reduced: Tensor, finite: Tensor | None) -> Asking[None]:
+        self._update_in_pieces(p, reduced, self._settings_now(p), finite)
+        yield from self._publish(p)
+
+    def _settings_now(self, p: Tensor) -> dict[str, Any]:
+        """The group of a parameter with the learning rate of the coming update."""
+        return self.slot(p).group
+
+    def _publish(self, p: Tensor) -> Asking[None]:
+        """After an update of the flat slice of a weight."""
+        if self.sharding.is_split:
+            yield Publish(self.sharding.flat(p), p)
 
     def _update_together(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
         """AdamW on small weights that have the dtype of their moments, all at once: on an accelerator, few kernels."""
@@ -246,7 +303,8 @@ class AdamW(torch.optim.Optimizer):
         """AdamW on one weight, some rows at a time, so that temporaries (and wider copies of weight and moments) stay small."""
         state = self.state[p]
         state["step"] += 1
-        stored, grad, working = (torch.atleast_1d(tensor) for tensor in (p.detach(), grad, state.get("master", p.detach())))
+        own = self._own_weight(p)
+        stored, grad, working = (torch.atleast_1d(tensor) for tensor in (own, grad, state.get("master", own)))
         rows = rows_per_piece(stored, state)
         pieces = [tensor.split(rows) for tensor in (stored, grad, working)]
         moments = [Stored.of(state, key, stored.shape).split(rows) for key in ("exp_avg", "exp_avg_sq")]
@@ -261,26 +319,38 @@ class AdamW(torch.optim.Optimizer):
                 store_weight_(target, weight, rounding)
 
     # ----------------------------------------------------------------------------------------------------------- weights
-    def _working_weight(self, p: Tensor) -> Tensor:
+    def _own_weight(self, p: Tensor) -> Tensor:
+        """The elements of the weight that this process updates: the weight as it is, or a flat slice of it."""
+        return self.sharding.flat(p) if self.sharding.is_split else p.detach()
+
+    def _working_copy(self, p: Tensor, stored: Tensor) -> Tensor:
         """The tensor that the arithmetic of an update changes in place: the fp32 weight itself, its master, or a widened copy."""
-        if p.dtype == compute_dtype(p):
-            return p
+        if stored.dtype == compute_dtype(stored):
+            return stored
         master = self.state[p].get("master")
-        return p.to(torch.float32) if master is None else master
+        return stored.to(torch.float32) if master is None else master
 
     def _moment_generator(self, p: Tensor, stream: int) -> torch.Generator | None:
         """Source of the random bits with which this update rounds moments, or None where they are not rounded."""
         slot = self.slot(p)
         if slot.group["state_dtype"] == "fp32":
             return None
-        return generator_for(p.device, slot.group["seed"], stream, slot.index, int(self.state[p]["step"]))
+        return generator_for(p.device, slot.group["seed"], stream, slot.index, int(self.state[p]["step"]), *self._shard_number())
 
-    def _rounding_generator(self, p: Tensor) -> torch.Generator | None:
-        """Source of the random bits of this update's rounding, or None where new weights are rounded to nearest (or not at all)."""
+    def _rounding_generator(self, p: Tensor, *, whole: bool = False) -> torch.Generator | None:
+        """Source of the random bits of this update's rounding, or None where new weights are rounded to nearest (or not at all).
+
+        `whole` says that the whole weight is rounded, here as on every process that keeps it, so that all draw the same bits.
+        """
         slot = self.slot(p)
         if slot.group["rounding"] != "stochastic" or p.dtype != torch.bfloat16:
             return None
-        return generator_for(p.device, slot.group["seed"], ROUNDING_STREAM, slot.index, int(self.state[p]["step"]))
+        shard = () if whole else self._shard_number()
+        return generator_for(p.device, slot.group["seed"], ROUNDING_STREAM, slot.index, int(self.state[p]["step"]), *shard)
+
+    def _shard_number(self) -> tuple[int, ...]:
+        """What sets the random numbers of this shard apart from those of the others."""
+        return (self.sharding.index,) if self.sharding.parts > 1 else ()
 
 
 @contextlib.contextmanager

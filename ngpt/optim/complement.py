@@ -21,10 +21,10 @@ def fira_scale(direction_rb: Tensor, low_rb: Tensor) -> Tensor:
     return torch.linalg.vector_norm(direction_rb, dim=0) / (torch.linalg.vector_norm(low_rb, dim=0) + EPS)
 
 
-def scaled_complement_norm(scale_b: Tensor, grad_ab: Tensor, low_rb: Tensor) -> Tensor:
-    """|phi o (G - P R)|, 0-dim, for an orthonormal P."""
+def scaled_complement_sq(scale_b: Tensor, grad_ab: Tensor, low_rb: Tensor) -> Tensor:
+    """|phi o (G - P R)|^2, 0-dim, for an orthonormal P. Of a part of the columns it is a part of the sum."""
     dropped_b = torch.linalg.vector_norm(grad_ab, dim=0, dtype=low_rb.dtype).square() - torch.linalg.vector_norm(low_rb, dim=0).square()
-    return (scale_b.square() * dropped_b.clamp(min=0)).sum().sqrt()
+    return (scale_b.square() * dropped_b.clamp(min=0)).sum()
 
 
 def limit_growth_(norm_state: Tensor, norm: Tensor) -> Tensor:

@@ -27,11 +27,16 @@ def allocate_means(short: int, long: int, dtype: torch.dtype, device: torch.devi
     }
 
 
-def remember_(state: State, grad_ab: Tensor, beta2: float) -> None:
-    """Bring p and q up to date with a gradient."""
-    squares_ab = grad_ab.to(state["short_mean_sq"].dtype).square()
-    state["short_mean_sq"].lerp_(squares_ab.mean(1), 1 - beta2)
-    state["long_mean_sq"].lerp_(squares_ab.mean(0), 1 - beta2)
+def mean_squares(grad_ab: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Row means (a) and column means (b) of G o G, the row means over `width` columns: of a part of them, they are a part of the sum."""
+    squares_ab = grad_ab.to(dtype).square()
+    return squares_ab.sum(1) / width, squares_ab.mean(0)
+
+
+def remember_(state: State, row_means_a: Tensor, column_means_b: Tensor, beta2: float) -> None:
+    """Bring p and q up to date with the mean squares of a gradient."""
+    state["short_mean_sq"].lerp_(row_means_a, 1 - beta2)
+    state["long_mean_sq"].lerp_(column_means_b, 1 - beta2)
 
 
 def scales(state: State, beta2: float, t: int, damping: float) -> tuple[Tensor, Tensor]:

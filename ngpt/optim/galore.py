@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ngpt.optim.low_rank import LowRankAdamW
+from ngpt.optim.sharding import WHOLE, Sharding
 
 FIXED_RANK = {"min_rank": None, "energy": 1.0, "converged_below": 0.0}
 NO_FISHER = {"fisher": "none", "history": None, "damping": 1e-3}
@@ -44,6 +45,7 @@ class GaLore(LowRankAdamW):
         state_dtype: str = "fp32",
         rounding: str = "stochastic",
         seed: int = 0,
+        sharding: Sharding = WHOLE,
     ) -> None:
         options = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
         self._set_up(params, options | NO_FISHER | FIXED_RANK)
@@ -88,6 +90,7 @@ class NaturalGaLore(LowRankAdamW):
         state_dtype: str = "fp32",
         rounding: str = "stochastic",
         seed: int = 0,
+        sharding: Sharding = WHOLE,
     ) -> None:
         options = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
         self._set_up(params, options | FIXED_RANK)
@@ -128,6 +131,7 @@ class AdaRankGrad(LowRankAdamW):
         state_dtype: str = "fp32",
         rounding: str = "stochastic",
         seed: int = 0,
+        sharding: Sharding = WHOLE,
     ) -> None:
         options = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
         self._set_up(params, options | NO_FISHER | {"proj_type": "std"})

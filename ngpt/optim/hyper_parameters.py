@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,10 +80,10 @@ def check_hyper_parameters(values: Mapping[str, Any], accepted: Iterable[str], w
             raise ValueError(f"{where}: {key} = {value!r}, but it must be {rule}")
 
 
-def check_matrix(parameter: torch.Tensor, rank: int | str, where: str) -> None:
+def check_matrix(shape: Sequence[int], rank: int | str, where: str) -> None:
     """Raises ValueError if a parameter of a projected group is not a matrix, or too small for the rank."""
-    shape = tuple(parameter.shape)
-    if parameter.ndim != 2:
+    shape = tuple(shape)
+    if len(shape) != 2:
         raise ValueError(f"{where} has shape {shape}, but a group with `rank` takes matrices only; put it in a group without `rank`")
     if isinstance(rank, int) and rank >= min(shape):
         raise ValueError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,15 +13,70 @@ from torch import Tensor
 from ngpt.optim import complement, diagonal_fisher, factored_fisher, moments, natural_gradient, rotation
 from ngpt.optim.adamw import BASIS_STREAM, COUNTERS, MOMENT_STREAM, ROTATION_STREAM, AdamW, store_weight_, unchanged_unless
 from ngpt.optim.hyper_parameters import PROJECTION_KEYS, check_matrix, complete_parts
-from ngpt.optim.projection import basis_and_energies, cheap_basis, lift_onto_, project, short_side_first
+from ngpt.optim.projection import at_size_one, basis_and_energies, cheap_basis, lift_onto_, project, search_basis, short_side_first
 from ngpt.optim.rounding import generator_for
-from ngpt.optim.storage import compute_dtype, zeros
+from ngpt.optim.sharding import Asking, Columns, Flat, OfFirst, Sum, alone
+from ngpt.optim.state import StatePart
+from ngpt.optim.storage import SIGNED, compute_dtype, zeros
 
 GOLDEN_RATIO = 0.6180339887498949
 FIRST_TURNS = 20  # updates over which a staggered run spreads the first search for the bases of its matrices
 CONVERGENCE_INTERVAL = 10  # updates between two looks at whether the projected gradient has converged: a look waits for the device
 
 Bases = tuple[Tensor, ...]  # (a, r) of the short side; where both sides are projected, (b, r) of the long side too
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an update adds to a weight, or to some of its columns, the short side first.
+
+    factor (P L + X diag(columns)), P L Q' where both sides are projected, L where nothing is; or factor diag(rows) X, where `rows` are
+    given. X (a, b) is `full`.
+    """
+
+    bases: Bases
+    low: Tensor | None
+    factor: float
+    full_ab: Tensor | None = None
+    columns_b: Tensor | None = None
+    rows_a: Tensor | None = None
+
+    def add_to_(self, weight_ab: Tensor, factor: float) -> None:
+        """W <- W + factor (...) in place. The change itself is never formed."""
+        if self.full_ab is not None and self.rows_a is not None:
+            weight_ab.addcmul_(self.full_ab, self.rows_a[:, None], value=factor)
+        if self.full_ab is not None and self.columns_b is not None:
+            weight_ab.addcmul_(self.full_ab.to(weight_ab.dtype), self.columns_b, value=factor)
+        if self.low is not None and self.bases:
+            lift_onto_(weight_ab, self.bases[0], self._low_of_short_side(self.low), factor)
+        elif self.low is not None:
+            weight_ab.add_(self.low, alpha=factor)
+
+    def columns(self) -> Tensor:
+        """The change of these columns without its factor, (a, b)."""
+        wide = self.full_ab if self.low is None else self.low
+        assert wide is not None
+        short = self.bases[0].shape[0] if self.bases else wide.shape[0]
+        matrix_ab = torch.zeros(short, wide.shape[1], dtype=wide.dtype, device=wide.device)
+        self.add_to_(matrix_ab, 1.0)
+        return matrix_ab
+
+    def elements(self, start: int, stop: int, shape: Sequence[int]) -> Tensor:
+        """Elements [start, stop) of a change of all columns without its factor and X, in the row-major order of a weight of this shape."""
+        assert self.low is not None
+        rows, columns = shape
+        first, last = start // columns, -(-stop // columns)
+        low_rb, basis_ar = self._low_of_short_side(self.low), self.bases[0]
+        if rows < columns:
+            lifted = basis_ar[first:last].to(low_rb.dtype) @ low_rb
+        else:
+            lifted = low_rb[:, first:last].mT @ basis_ar.to(low_rb.dtype).mT
+        return lifted.reshape(-1)[start - first * columns : stop - first * columns]
+
+    def _low_of_short_side(self, low: Tensor) -> Tensor:
+        for basis_br in self.bases[1:]:
+            low = low.to(basis_br.dtype) @ basis_br.mT
+        return low
 
 
 class LowRankAdamW(AdamW):
@@ -31,21 +88,16 @@ class LowRankAdamW(AdamW):
     `long_mean_sq` (b); where the growth of the update is limited, `update_norm`; where the rank adapts, `rank`, `low_norm` and
     `low_norm_at_refresh`; and the counters `refreshes` and `cleared_at` (the update at which the moments were last set to zero; bias
     correction counts from there). Bases, history and root have the parameter's dtype, moments that of `state_dtype`, the Gram matrix is
-    fp64, the rest fp32.
-
-    `sum_over_shards` (identity) is called on the sums over projected gradients that history and factored Fisher need, for owners that hold
-    only a part of their columns. (Factored second moments, complements, the diagonal Fisher and the look at convergence take whole ones.)
+    fp64, the rest fp32. Where the state is sharded, b stands for the columns that are here.
     """
 
-    def _set_up(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+    def _set_up(self, params: Iterable[Any], options: dict[str, Any]) -> None:
         self._fresh_bases: dict[Tensor, Bases] = {}
-        self.sum_over_shards = natural_gradient.identity
-        super()._set_up(params, defaults)
+        super()._set_up(params, options)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._fresh_bases = {}
-        self.__dict__.setdefault("sum_over_shards", natural_gradient.identity)
 
     # ------------------------------------------------------------------------------------------------------------ groups
     def accepted_keys(self) -> set[str]:
@@ -65,7 +117,7 @@ class LowRankAdamW(AdamW):
     def _check_parameter(self, p: Tensor, settings: dict[str, Any], label: str) -> None:
         super()._check_parameter(p, settings, label)
         if "rank" in settings:
-            check_matrix(p, settings["rank"], label)
+            check_matrix(self.sharding.shape(p), settings["rank"], label)
 
     def _is_plain(self, group: dict[str, Any]) -> bool:
         return "rank" not in group
@@ -79,39 +131,77 @@ class LowRankAdamW(AdamW):
     def _allocate(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         if self._is_plain(group):
             return super()._allocate(p, group)
-        short, long = short_side_first(p).shape
-        rank = short if group["rank"] == "full" else group["rank"]
+        (short, long), rank = sorted(self.sharding.shape(p)), self._largest_rank(p, group)
+        own = self._own_columns(p, group)
         state = {key: torch.zeros((), dtype=torch.int64) for key in ("step", "refreshes", "cleared_at")}
-        width = long
         if group["rank"] != "full":
             state["basis"] = zeros([short, rank], p.dtype, p.device)
         if group["proj_type"] == "full":
             state["basis_long"] = zeros([long, rank], p.dtype, p.device)
-            width = rank
         if group["min_rank"] is not None:
             state["rank"] = torch.tensor(rank, dtype=torch.int64)
             for key in ("low_norm", "low_norm_at_refresh"):
                 state[key] = zeros([], compute_dtype(p), p.device)
-        state |= moments.allocate_moments(group["moments"], torch.Size((rank, width)), group["state_dtype"], p)
+        state |= moments.allocate_moments(group["moments"], torch.Size((rank, own)), group["state_dtype"], p)
         match group["fisher"]:
             case "history" | "two_sided":
-                state["history"] = zeros([group["history"], rank * width], p.dtype, p.device)
+                state["history"] = zeros([group["history"], rank * own], p.dtype, p.device)
                 state["gram"] = zeros([group["history"], group["history"]], torch.float64, p.device)
             case "factored":
                 state |= factored_fisher.allocate_factor(rank, p)
             case "diagonal":
-                state |= diagonal_fisher.allocate_means(short, long, compute_dtype(p), p.device)
+                state |= diagonal_fisher.allocate_means(short, own, compute_dtype(p), p.device)
         if group["complement"] != "none" or group["fisher"] == "diagonal":
             state["update_norm"] = zeros([], compute_dtype(p), p.device)
         return state | self._allocate_master(p, group)
 
-    def _written_by_update(self, p: Tensor) -> list[Tensor]:
-        """The tensors (or views of the parts) on the device that the update of a matrix is about to change."""
+    def reduced_shape(self, p: Tensor) -> tuple[int, int] | None:
+        if self._is_plain(self.slot(p).group):
+            return None
         group, state = self.slot(p).group, self.state[p]
-        written = [state[key] for key in state if key not in COUNTERS | {"basis", "basis_long", "history"}]
+        if self.keeps_full_gradient(p):
+            short, long = sorted(self.sharding.shape(p))
+            return short, long
+        bases = self._fresh_bases.get(p) or self._bases(state)
+        return bases[0].shape[1], self._width(p, group)
+
+    def _largest_rank(self, p: Tensor, group: dict[str, Any]) -> int:
+        """Rows of the projected gradient, at most."""
+        return min(self.sharding.shape(p)) if group["rank"] == "full" else group["rank"]
+
+    def _width(self, p: Tensor, group: dict[str, Any]) -> int:
+        """Columns of the projected gradient, over all shards."""
+        return self._largest_rank(p, group) if group["proj_type"] == "full" else max(self.sharding.shape(p))
+
+    def _own_columns(self, p: Tensor, group: dict[str, Any]) -> int:
+        start, stop = self.sharding.span(self._width(p, group))
+        return stop - start
+
+    def _state_part(self, p: Tensor, key: str) -> StatePart:
+        group, state = self.slot(p).group, self.state[p]
+        values = state[key]
+        if self._is_plain(group) or key == "master" or values.ndim == 0:
+            return super()._state_part(p, key)
+        width, own = self._width(p, group), self._own_columns(p, group)
+        start, _ = self.sharding.span(width)
+        if key in ("exp_avg", "exp_avg_sq"):
+            scales = state.get(f"{key}_scale")
+            whole = torch.Size((self._largest_rank(p, group), width))
+            return StatePart(values, whole, start, own, scales, SIGNED[key])
+        if key == "history":
+            rank = self._largest_rank(p, group)
+            return StatePart(values.view(-1, rank, own), torch.Size((len(values), rank, width)), start, own)
+        if key in ("long_mean_sq", "exp_avg_sq_col"):
+            return StatePart(values, torch.Size((width,)), start, own)
+        return StatePart(values, values.shape, 0, values.shape[-1])
+
+    def _written_by_update(self, p: Tensor) -> list[Tensor]:
+        """The state (or views of the parts) on the device that the update of a matrix is about to change."""
+        group, state = self.slot(p).group, self.state[p]
+        written = [state[key] for key in state if key not in COUNTERS | {"basis", "basis_long", "history", "master"}]
         if "history" in state:
             written.append(state["history"][int(state["step"]) % group["history"]])
-        return [p, *written]
+        return written
 
     def _bases(self, state: dict[str, Tensor]) -> Bases:
         """The bases in use, cut to the rank in use."""
@@ -131,29 +221,36 @@ class LowRankAdamW(AdamW):
         grad = super().reduce_gradient(p, grad, first=first)
         if self.keeps_full_gradient(p):
             return grad
-        self._prepare_basis(p, grad, first)
-        return self._project(p, grad)
+        if self.wants_basis(p, first=first):
+            alone(self.prepare_basis(p, short_side_first(grad), first=first))
+        return self.project(p, short_side_first(grad))
 
-    def _project(self, p: Tensor, grad: Tensor) -> Tensor:
-        state = self.state[p]
-        bases = self._fresh_bases.get(p) or self._bases(state)
-        grad_ab = short_side_first(grad)
+    def project(self, p: Tensor, grad_ab: Tensor) -> Tensor:
+        """R of a gradient, or of a part of its columns, in the basis of this update."""
+        bases = self._fresh_bases.get(p) or self._bases(self.state[p])
         low = project(grad_ab, bases[0]) if len(bases) > 0 else grad_ab
         for basis_br in bases[1:]:
             low = low @ basis_br
         return low.to(compute_dtype(p))
 
-    def _prepare_basis(self, p: Tensor, grad: Tensor, first: bool) -> None:
-        """Find new bases for `p` if a refresh is due; what shows no direction (zero, not finite) chooses none."""
+    def wants_basis(self, p: Tensor, *, first: bool = True) -> bool:
+        """Whether a new basis is to be found before the next gradient of `p`, the first one of its update or not, is projected."""
         state = self.state[p]
-        if "basis" not in state or p in self._fresh_bases:
-            return
-        due = first and self._refresh_is_due(p)
-        if due or int(state["refreshes"]) == 0:
-            bases = self._find_bases(p, short_side_first(grad), first=first, in_earnest=due or not self.slot(p).group["stagger"])
-            if bases is not None:
-                # A copy, as the basis may be a view of all singular vectors, and is kept until all gradients are there.
-                self._fresh_bases[p] = tuple(basis.to(state["basis"].dtype, copy=True) for basis in bases)
+        if self._is_plain(self.slot(p).group) or "basis" not in state or p in self._fresh_bases:
+            return False
+        return int(state["refreshes"]) == 0 or (first and self._refresh_is_due(p))
+
+    @torch.no_grad()
+    def prepare_basis(self, p: Tensor, grad_ab: Tensor, *, first: bool = True, columns: bool = False) -> Asking[None]:
+        """Find new bases; what shows no direction (zero, not finite) chooses none.
+
+        `grad_ab` is a term of the gradient, the short side first, or these `columns` of it.
+        """
+        in_earnest = (first and self._refresh_is_due(p)) or not self.slot(p).group["stagger"]
+        bases = yield from self._find_bases(p, grad_ab, first=first, in_earnest=in_earnest, columns=columns)
+        if bases is not None:
+            # A copy, as the basis may be a view of all singular vectors, and is kept until all gradients are there.
+            self._fresh_bases[p] = tuple(basis.to(p.dtype, copy=True) for basis in bases)
 
     def _refresh_is_due(self, p: Tensor) -> bool:
         """Every `update_proj_gap` updates and, if the group asks for it, when the projected gradient has converged.
@@ -173,30 +270,47 @@ class LowRankAdamW(AdamW):
             return False
         return bool(state["low_norm"] <= group["converged_below"] * state["low_norm_at_refresh"])
 
-    def _find_bases(self, p: Tensor, grad_ab: Tensor, *, first: bool, in_earnest: bool) -> Bases | None:
+    def _find_bases(self, p: Tensor, grad_ab: Tensor, *, first: bool, in_earnest: bool, columns: bool) -> Asking[Bases | None]:
         """New bases from a gradient, or None. If not in earnest, the cheapest ones, until the turn of the matrix comes."""
-        sides = [grad_ab, grad_ab.mT][: 2 if "basis_long" in self.state[p] else 1]
-        if in_earnest:
-            bases = [self._search_basis(p, side_grad, side, first) for side, side_grad in enumerate(sides)]
-        else:
-            bases = [cheap_basis(side_grad, self.slot(p).group["rank"]) for side_grad in sides]
-        return None if any(basis is None for basis in bases) else tuple(basis for basis in bases if basis is not None)
+        group = self.slot(p).group
+        thin = in_earnest and group["subspace"] != "svd" and group["min_rank"] is None
+        if thin:
+            scaled_ab = yield from at_size_one(grad_ab)
+        else:  # what is not linear in the gradient needs all of it: exact singular vectors, energies of rows, the share of a rank
+            scaled_ab = (yield Columns(grad_ab)) if columns else (yield Sum(grad_ab.to(compute_dtype(p))))
+        if scaled_ab is None:
+            return None
+        bases = []
+        for side in range(2 if "basis_long" in self.state[p] else 1):
+            side_grad = scaled_ab.mT if side else scaled_ab
+            if thin:
+                settings = self._search_settings(p, side)
+                basis, _ = yield from search_basis(side_grad, group["rank"], subspace=group["subspace"], **settings, columns=columns)
+            elif in_earnest:
+                basis = self._search_basis(p, side_grad, side, first)
+            else:
+                basis = cheap_basis(side_grad, group["rank"])
+            if basis is None:
+                return None
+            bases.append((yield OfFirst(basis)))
+        return tuple(bases)
 
-    def _search_basis(self, p: Tensor, side_grad: Tensor, side: int, first: bool) -> Tensor | None:
+    def _search_settings(self, p: Tensor, side: int) -> dict[str, Any]:
         slot, state = self.slot(p), self.state[p]
         refreshes = int(state["refreshes"])
-        found = basis_and_energies(
-            side_grad,
-            slot.group["rank"],
-            subspace=slot.group["subspace"],
-            previous_ar=self._bases(state)[side] if refreshes else None,
-            generator=generator_for(p.device, slot.group["seed"], BASIS_STREAM, slot.index, refreshes, side),
-        )
+        return {
+            "previous_ar": self._bases(state)[side] if refreshes else None,
+            "generator": generator_for(p.device, slot.group["seed"], BASIS_STREAM, slot.index, refreshes, side),
+        }
+
+    def _search_basis(self, p: Tensor, side_grad: Tensor, side: int, first: bool) -> Tensor | None:
+        group = self.slot(p).group
+        found = basis_and_energies(side_grad, group["rank"], subspace=group["subspace"], **self._search_settings(p, side))
         if found is None:
             return None
         basis_ar, energies_r = found
         # After the first micro-batch the rank stays: what is kept of the others, zero as there was no basis, has as many rows.
-        return basis_ar[:, : self._rank_for(energies_r, slot.group)] if first else basis_ar
+        return basis_ar[:, : self._rank_for(energies_r, group)] if first else basis_ar
 
     def _rank_for(self, energies: Tensor, group: dict[str, Any]) -> int:
         """The smallest rank that keeps the share `energy` of the squared gradient, between `min_rank` and `rank`."""
@@ -209,10 +323,10 @@ class LowRankAdamW(AdamW):
         self._fresh_bases.pop(p, None)
 
     # --------------------------------------------------------------------------------- second phase: state and weight
-    def _begin_update(self, p: Tensor, reduced: Tensor, finite: Tensor | None) -> bool:
+    def _begin_update(self, p: Tensor, reduced: Tensor, finite: Tensor | None) -> Asking[bool]:
         """Enter fresh bases into the state; moments and Fisher follow them (rotate), stay as they are (keep) or become zero (reset)."""
-        if not self._is_plain(self.slot(p).group) and self.keeps_full_gradient(p):
-            self._prepare_basis(p, reduced, True)
+        if self.keeps_full_gradient(p) and self.wants_basis(p):
+            yield from self.prepare_basis(p, self._columns_of(p, reduced), columns=True)
         fresh = self._fresh_bases.pop(p, None)
         if fresh is None:
             return True
@@ -221,7 +335,7 @@ class LowRankAdamW(AdamW):
         state, group = self.state[p], self.slot(p).group
         old = self._bases(state)
         if group["on_refresh"] == "rotate" and _moment_age(state) > 0:
-            self._rotate(p, *(rotation.change_of_basis(new, was) for new, was in zip(fresh, old, strict=True)))
+            yield from self._rotate(p, tuple(rotation.change_of_basis(new, was) for new, was in zip(fresh, old, strict=True)))
         elif group["on_refresh"] == "reset":
             moments.clear_moments_(state)
             for key in ("history", "gram", "fisher_factor", "fisher_root"):
@@ -236,63 +350,104 @@ class LowRankAdamW(AdamW):
         state["refreshes"] += 1
         return True
 
-    def _rotate(self, p: Tensor, change_rr: Tensor, *long_change_rr: Tensor) -> None:
+    def _rotate(self, p: Tensor, changes: tuple[Tensor, ...]) -> Asking[None]:
         state, group = self.state[p], self.slot(p).group
-        changes = (change_rr, *long_change_rr)
-        width = long_change_rr[0].shape[1] if long_change_rr else max(p.shape)
-        generator = self._moment_generator(p, ROTATION_STREAM)
-        moments.rotate_moments_(group["moments"], state, changes, width, group["betas"], _moment_age(state), generator)
+        shape = torch.Size((changes[0].shape[1], self._own_columns(p, group)))
+        values = moments.read_moments(group["moments"], state, shape)
+        if len(changes) > 1:  # columns are mixed too
+            for key in sorted(values.keys() - {"exp_avg_sq_row"}):
+                values[key] = yield Columns(values[key])
+        rotated = moments.rotated_moments(values, changes, group["betas"], _moment_age(state))
+        if len(changes) > 1:
+            rotated = {key: value if key == "exp_avg_sq_row" else self._own_part(value) for key, value in rotated.items()}
+        moments.replace_moments_(state, rotated, self._moment_generator(p, ROTATION_STREAM))
         if "history" in state:
-            rotation.rotate_history_(change_rr, state["history"], *long_change_rr)
-            state["gram"].copy_(natural_gradient.gram_matrix(state["history"], sum_over_shards=self.sum_over_shards))
+            yield from self._rotate_history(state, changes)
         if "fisher_factor" in state:
-            factored_fisher.rotate_factor_(state, change_rr)
-            self._find_root(state, group, change_rr.shape[0])
+            factored_fisher.rotate_factor_(state, changes[0])
+            self._find_root(state, group, changes[0].shape[0])
 
-    def _update(self, p: Tensor, reduced: Tensor, finite: Tensor | None) -> None:
+    def _rotate_history(self, state: dict[str, Tensor], changes: tuple[Tensor, ...]) -> Asking[None]:
+        """h <- C h, or C h C_long' if both sides are projected, and the Gram matrix anew."""
+        if len(changes) == 1:
+            rotation.rotate_history_(changes[0], state["history"])
+        else:
+            for row_k in state["history"]:
+                row_rr = yield Columns(row_k.view(changes[0].shape[1], -1))
+                row_k.copy_(self._own_part(changes[0] @ row_rr.to(changes[0].dtype) @ changes[1].mT).reshape(-1))
+        state["gram"].copy_((yield Sum(natural_gradient.gram_matrix(state["history"]))))
+
+    def _own_part(self, whole: Tensor) -> Tensor:
+        """The columns that are here."""
+        return whole[..., slice(*self.sharding.span(whole.shape[-1]))]
+
+    def _columns_of(self, p: Tensor, reduced: Tensor) -> Tensor:
+        """A gradient with its short side first; what a sharder hands over is so already."""
+        return reduced if self.sharding.is_split else short_side_first(reduced)
+
+    def _update(self, p: Tensor, reduced: Tensor, finite: Tensor | None) -> Asking[None]:
         if self._is_plain(self.slot(p).group):
-            super()._update(p, reduced, finite)
+            yield from super()._update(p, reduced, finite)
             return
         with unchanged_unless(finite, self._written_by_update(p)):
-            self._update_matrix(p, reduced)
+            change = yield from self._change(p, reduced)
+        if not self.sharding.is_split:
+            self._change_whole(p, change, finite)
+        elif self.keeps_full_gradient(p):
+            self._change_slice(p, (yield Flat(change.columns(), p)), change.factor, finite)
+            yield from self._publish(p)
+        else:
+            assert change.low is not None
+            change = dataclasses.replace(change, low=(yield Columns(change.low)))  # r b numbers, and every process lifts them by itself
+            if self.sharding.keeps_weights_whole and "master" not in self.state[p]:
+                self._change_whole(p, change, finite)
+            else:
+                shape = self.sharding.shape(p)
+                elements = change.elements(*self.sharding.span(shape.numel()), shape)
+                self._change_slice(p, elements, change.factor, finite)
+                yield from self._publish(p)
 
-    def _update_matrix(self, p: Tensor, reduced: Tensor) -> None:
+    def _change(self, p: Tensor, reduced: Tensor) -> Asking[Change]:
+        """Update the state. Returns what is to become of the weight, of which these columns are here."""
         group, state = self.slot(p).group, self.state[p]
-        low = self._project(p, reduced) if self.keeps_full_gradient(p) else reduced
-        natural = self._precondition(p, low)  # counts the update
+        keeps_full = self.keeps_full_gradient(p)
+        grad_ab = self._columns_of(p, reduced) if keeps_full else None
+        low = reduced if grad_ab is None else self.project(p, grad_ab)
+        natural = yield from self._precondition(p, low)  # counts the update
         rounding = self._moment_generator(p, MOMENT_STREAM)
-        direction = moments.direction(group["moments"], state, natural, group["betas"], group["eps"], rounding)
+        row_means = (yield Sum(moments.row_means(natural, self._width(p, group)))) if group["moments"] == "adafactor" else None
+        direction = moments.direction(group["moments"], state, natural, group["betas"], group["eps"], rounding, row_means)
         correction = moments.step_factor(group["moments"], group["betas"], _moment_age(state))
-        lr, decay = float(group["lr"]), group["weight_decay"]
-        weight = self._working_weight(p)
-        weight_ab = short_side_first(weight)
-        if group["fisher"] == "diagonal":
-            update_ab, u_a = self._diagonal_update(state, group, short_side_first(reduced), low, direction * correction)
-            norm = torch.linalg.vector_norm(u_a * torch.linalg.vector_norm(update_ab, dim=1))
-            u_a = u_a * complement.limit_growth_(state["update_norm"], norm)
-            weight_ab.addcmul_(update_ab, u_a[:, None], value=-group["scale"] * lr)
-        else:
-            factor = -group["scale"] * lr * correction
-            if group["complement"] == "fira":
-                self._apply_complement_(state, weight_ab, short_side_first(reduced), low, direction, factor)
-            self._lift_onto_(weight_ab, state, direction, factor)
-        if decay != 0:
-            weight.mul_(1 - lr * decay)
-        store_weight_(p, weight, self._rounding_generator(p))
+        factor = -group["scale"] * float(group["lr"])
         if "low_norm" in state:
-            self._watch_convergence(state, low)
+            self._watch_convergence(state, (yield from _norm(low)))
+        if grad_ab is not None and group["fisher"] == "diagonal":
+            return (yield from self._diagonal_change(p, grad_ab, low, direction * correction, factor))
+        if grad_ab is not None and group["complement"] == "fira":
+            return (yield from self._fira_change(p, grad_ab, low, direction, factor * correction))
+        return Change(self._bases(state), direction, factor * correction)
 
-    def _lift_onto_(self, target_ab: Tensor, state: dict[str, Tensor], low: Tensor, factor: float) -> None:
-        """X <- X + factor P N, or P N Q', or N where nothing is projected."""
-        bases = self._bases(state)
-        for basis_br in bases[1:]:
-            low = low.to(basis_br.dtype) @ basis_br.mT
-        if len(bases) > 0:
-            lift_onto_(target_ab, bases[0], low, factor)
-        else:
-            target_ab.add_(low, alpha=factor)
+    def _change_whole(self, p: Tensor, change: Change, finite: Tensor | None) -> None:
+        """W <- W + change - lr decay W, for a weight that is all here, as is the change."""
+        group = self.slot(p).group
+        with unchanged_unless(finite, [p, *([self.state[p]["master"]] if "master" in self.state[p] else [])]):
+            weight = self._working_copy(p, p)
+            change.add_to_(short_side_first(weight), change.factor)
+            if group["weight_decay"] != 0:
+                weight.mul_(1 - float(group["lr"]) * group["weight_decay"])
+            store_weight_(p, weight, self._rounding_generator(p, whole=True))
 
-    def _precondition(self, p: Tensor, low: Tensor) -> Tensor:
+    def _change_slice(self, p: Tensor, change: Tensor, factor: float, finite: Tensor | None) -> None:
+        """The same for the flat slice of a weight and its part of the change."""
+        group, own = self.slot(p).group, self._own_weight(p)
+        with unchanged_unless(finite, [own, *([self.state[p]["master"]] if "master" in self.state[p] else [])]):
+            weight = self._working_copy(p, own)
+            weight.add_(change, alpha=factor)
+            if group["weight_decay"] != 0:
+                weight.mul_(1 - float(group["lr"]) * group["weight_decay"])
+            store_weight_(own, weight, self._rounding_generator(p))
+
+    def _precondition(self, p: Tensor, low: Tensor) -> Asking[Tensor]:
         """The natural gradient in the subspace: the inverse Fisher, or a root of it, times R. Counts the update."""
         state, group = self.state[p], self.slot(p).group
         state["step"] += 1
@@ -300,11 +455,12 @@ class LowRankAdamW(AdamW):
             case "history" | "two_sided":
                 history, gram = state["history"], state["gram"]
                 position = (int(state["step"]) - 1) % group["history"]
-                natural_gradient.remember_(history, gram, low.reshape(-1), position, sum_over_shards=self.sum_over_shards)
+                products_s = yield Sum(natural_gradient.remember_(history, low.reshape(-1), position))
+                natural_gradient.enter_row_(gram, products_s, position)
                 return natural_gradient.natural_gradient(history, gram, position, group["damping"]).to(low.dtype).view(low.shape)
             case "factored":
-                covariance_rr = self.sum_over_shards(low @ low.mT) / max(p.shape)
-                factored_fisher.remember_(state, covariance_rr, group["betas"][1])
+                covariance_rr = yield Sum(low @ low.mT)
+                factored_fisher.remember_(state, covariance_rr / self._width(p, group), group["betas"][1])
                 if (int(state["step"]) + self.slot(p).index) % factored_fisher.ROOT_INTERVAL == 0:
                     self._find_root(state, group, low.shape[0])
                 elif _moment_age(state) <= factored_fisher.ROOT_INTERVAL:
@@ -315,36 +471,41 @@ class LowRankAdamW(AdamW):
     def _find_root(self, state: dict[str, Tensor], group: dict[str, Any], rank: int) -> None:
         factored_fisher.find_root_(state, rank, group["betas"][1], _moment_age(state), group["damping"])
 
-    def _diagonal_update(
-        self, state: dict[str, Tensor], group: dict[str, Any], grad_ab: Tensor, low: Tensor, mean: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """D o (P M^ + G - P P'G), or D o P M^ without the complement, as (X, u) with D o (...) = diag(u) X; M^ is `mean`."""
-        diagonal_fisher.remember_(state, grad_ab, group["betas"][1])
+    def _diagonal_change(self, p: Tensor, grad_ab: Tensor, low: Tensor, mean: Tensor, factor: float) -> Asking[Change]:
+        """D o (P M^ + G - P P'G), or D o P M^ without the complement, its growth limited; M^ is `mean`, D = diag(u) diag(w)."""
+        state, group = self.state[p], self.slot(p).group
+        row_means_a, column_means_b = diagonal_fisher.mean_squares(grad_ab, max(self.sharding.shape(p)), compute_dtype(p))
+        diagonal_fisher.remember_(state, (yield Sum(row_means_a)), column_means_b, group["betas"][1])
         u_a, w_b = diagonal_fisher.scales(state, group["betas"][1], int(state["step"]), group["damping"])
         if "basis" not in state:
-            return mean * w_b, u_a
-        if group["complement"] == "raw":
+            update_ab = mean * w_b
+        elif group["complement"] == "raw":
             update_ab = grad_ab * w_b
-            self._lift_onto_(update_ab, state, (mean - low) * w_b, 1.0)
+            lift_onto_(update_ab, self._bases(state)[0], (mean - low) * w_b, 1.0)
         else:
             update_ab = torch.zeros_like(grad_ab, dtype=mean.dtype)
-            self._lift_onto_(update_ab, state, mean * w_b, 1.0)
-        return update_ab, u_a
+            lift_onto_(update_ab, self._bases(state)[0], mean * w_b, 1.0)
+        norm = yield from _norm(u_a * torch.linalg.vector_norm(update_ab, dim=1))
+        rows_a = u_a * complement.limit_growth_(state["update_norm"], norm)
+        return Change((), None, factor, full_ab=update_ab, rows_a=rows_a)
 
-    def _apply_complement_(
-        self, state: dict[str, Tensor], weight_ab: Tensor, grad_ab: Tensor, low_rb: Tensor, direction_rb: Tensor, factor: float
-    ) -> None:
-        """W <- W + factor k phi o G, and N <- N - k phi o R, so that lifting N completes P N + k phi o (G - P R)."""
+    def _fira_change(self, p: Tensor, grad_ab: Tensor, low_rb: Tensor, direction_rb: Tensor, factor: float) -> Asking[Change]:
+        """P N + k phi o (G - P R) as k phi o G and P (N - k phi o R)."""
+        state = self.state[p]
         scale_b = complement.fira_scale(direction_rb, low_rb)
-        norm = complement.scaled_complement_norm(scale_b, grad_ab, low_rb)
+        norm = (yield Sum(complement.scaled_complement_sq(scale_b, grad_ab, low_rb))).sqrt()
         scale_b = scale_b * complement.limit_growth_(state["update_norm"], norm)
-        weight_ab.addcmul_(grad_ab.to(weight_ab.dtype), scale_b, value=factor)
-        direction_rb.addcmul_(low_rb, scale_b, value=-1)
+        return Change(self._bases(state), direction_rb.addcmul_(low_rb, scale_b, value=-1), factor, full_ab=grad_ab, columns_b=scale_b)
 
-    def _watch_convergence(self, state: dict[str, Tensor], low: Tensor) -> None:
-        norm, at_refresh = torch.linalg.vector_norm(low), state["low_norm_at_refresh"]
+    def _watch_convergence(self, state: dict[str, Tensor], norm: Tensor) -> None:
+        at_refresh = state["low_norm_at_refresh"]
         state["low_norm"].copy_(norm)
         at_refresh.copy_(torch.where(at_refresh > 0, at_refresh, norm))  # a refresh sets it to zero
+
+
+def _norm(part: Tensor) -> Asking[Tensor]:
+    """The L2 norm over all shards of a tensor of which this is a part."""
+    return (yield Sum(torch.linalg.vector_norm(part, dtype=torch.float64).square())).sqrt().to(part.dtype)
 
 
 def _moment_age(state: dict[str, Tensor]) -> int:

@@ -41,17 +41,26 @@ def step_factor(kind: str, betas: tuple[float, float], t: int) -> float:
     return 1 / (1 - betas[0] ** t) if kind == "momentum" else adam.galore_step_factor(betas, t)
 
 
-def direction(kind: str, state: State, low_rb: Tensor, betas: tuple[float, float], eps: float, generator: torch.Generator | None) -> Tensor:
+def direction(
+    kind: str,
+    state: State,
+    low_rb: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    generator: torch.Generator | None,
+    row_means_r: Tensor | None = None,
+) -> Tensor:
     """Update the moments with R and return N, shape (r, b).
 
     `adam`: N = m / (sqrt(v) + eps). `momentum`: N = m. `adafactor`: Adam with v_ij = p_i q_j / mean(p), p and q the EMAs of the row and
-    column means of R o R (Adafactor, arXiv:1804.04235, section 3, without its clipping and its own rate).
+    column means of R o R (Adafactor, arXiv:1804.04235, section 3, without its clipping and its own rate); it is given the row means
+    (`row_means`), as R may be a part of the columns.
     """
     if kind == "adafactor":
+        assert row_means_r is not None
         row_r, col_b = state["exp_avg_sq_row"][: low_rb.shape[0]], state["exp_avg_sq_col"]
-        squares = low_rb.square()
-        row_r.lerp_(squares.mean(1), 1 - betas[1])
-        col_b.lerp_(squares.mean(0), 1 - betas[1])
+        row_r.lerp_(row_means_r, 1 - betas[1])
+        col_b.lerp_(low_rb.square().mean(0), 1 - betas[1])
         row_scale_r1 = (row_r / row_r.mean().clamp(min=torch.finfo(row_r.dtype).tiny))[:, None]
     rows = rows_per_piece(low_rb, state)
     result = torch.empty_like(low_rb)
@@ -75,51 +84,60 @@ def direction(kind: str, state: State, low_rb: Tensor, betas: tuple[float, float
     return result
 
 
-def rotate_moments_(
-    kind: str,
-    state: State,
-    changes: tuple[Tensor, ...],
-    width: int,
-    betas: tuple[float, float],
-    t: int,
-    generator: torch.Generator | None,
-) -> None:
-    """Bring the moments of (r_old, width) into a new basis, which may have another rank.
+def row_means(low_rb: Tensor, width: int) -> Tensor:
+    """Row means (r) of R o R over `width` columns. Of a part of them they are a part of the sum."""
+    return low_rb.square().sum(1) / width
 
-    `changes` holds C = P_new' P_old of shape (r_new, r_old) and, where the long side is projected too, the same for its basis.
+
+def read_moments(kind: str, state: State, shape: torch.Size) -> State:
+    """The moments of shape (rank in use, columns) as values for arithmetic."""
+    stored = ("exp_avg", "exp_avg_sq") if kind == "adam" else ("exp_avg",)
+    values = {key: Stored.of(state, key, shape).read() for key in stored}
+    if kind == "adafactor":
+        values |= {"exp_avg_sq_row": state["exp_avg_sq_row"][: shape[0]], "exp_avg_sq_col": state["exp_avg_sq_col"]}
+    return values
+
+
+def rotated_moments(values: State, changes: tuple[Tensor, ...], betas: tuple[float, float], t: int) -> State:
+    """Moments in a new basis, which may have another rank, after t > 0 updates.
+
+    `changes` holds C = P_new' P_old of shape (r_new, r_old) and, where the long side is projected too, the same for its basis: then the
+    moments must have all of their columns.
     """
-    if t == 0:  # all zero
-        return
-    new_rank, old_rank = changes[0].shape
-    old, new = torch.Size((old_rank, width)), torch.Size((new_rank, width))
-    first = Stored.of(state, "exp_avg", old).read()
+    first = values["exp_avg"]
     across, *along_long = (change_rr.to(first.dtype) for change_rr in changes)
-    if kind == "adam":
-        second = Stored.of(state, "exp_avg_sq", old).read()
-        first, second = rotation.rotate_moments(across, first, second, betas, t)
+    if "exp_avg_sq" in values:
+        first, second = rotation.rotate_moments(across, first, values["exp_avg_sq"], betas, t)
         for change_rr in along_long:
             first, second = (turned.mT for turned in rotation.rotate_moments(change_rr, first.mT, second.mT, betas, t))
-        _replace_(state, "exp_avg_sq", second, new, generator)
-    else:
-        first = across @ first
-        for change_rr in along_long:
-            first = first @ change_rr.mT
-    _replace_(state, "exp_avg", first, new, generator)
-    if kind == "adafactor":
-        _rotate_factors_(state["exp_avg_sq_row"], state["exp_avg_sq_col"], changes)
+        return {"exp_avg": first, "exp_avg_sq": second}
+    first = across @ first
+    for change_rr in along_long:
+        first = first @ change_rr.mT
+    if "exp_avg_sq_row" not in values:
+        return {"exp_avg": first}
+    row_r, col_b = _rotated_factors(values["exp_avg_sq_row"], values["exp_avg_sq_col"], changes)
+    return {"exp_avg": first, "exp_avg_sq_row": row_r, "exp_avg_sq_col": col_b}
 
 
-def _replace_(state: State, key: str, value: Tensor, shape: torch.Size, generator: torch.Generator | None) -> None:
-    state[key].zero_()  # where the rank shrinks, nothing may stay behind
-    Stored.of(state, key, shape).write_(value, generator)
+def replace_moments_(state: State, values: State, generator: torch.Generator | None) -> None:
+    """Keep new values."""
+    for key, value in values.items():
+        state[key].zero_()  # where the rank shrinks, nothing may stay behind
+        if value.ndim == 2:
+            Stored.of(state, key, value.shape).write_(value, generator)
+        else:
+            state[key][: len(value)] = value
 
 
-def _rotate_factors_(row_r: Tensor, col_b: Tensor, changes: tuple[Tensor, ...]) -> None:
-    """p <- (C o C) p: the mean square of each new coordinate if the old ones are uncorrelated. p and q keep one common mean."""
-    new_rank, old_rank = changes[0].shape
-    old_mean = row_r[:old_rank].mean().clamp(min=torch.finfo(row_r.dtype).tiny)
-    turned_row = changes[0].square() @ row_r[:old_rank]
-    turned_col = changes[1].square() @ col_b if len(changes) > 1 else col_b.clone()
-    turned_row *= turned_col.mean() / old_mean  # what the long side lost
-    row_r.zero_()[:new_rank] = turned_row
-    col_b.copy_(turned_col * (turned_row.mean() / turned_col.mean().clamp(min=torch.finfo(row_r.dtype).tiny)))
+def _rotated_factors(row_r: Tensor, col_b: Tensor, changes: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """p <- (C o C) p: the mean square of each new coordinate if the old ones are uncorrelated. p and q keep their one common mean."""
+    tiny = torch.finfo(row_r.dtype).tiny
+    mean = row_r.mean().clamp(min=tiny)
+    turned_row = changes[0].square() @ row_r
+    if len(changes) > 1:
+        turned_col = changes[1].square() @ col_b
+        turned_row *= turned_col.mean() / mean  # what the long side lost
+        mean = turned_col.mean().clamp(min=tiny)
+        col_b = turned_col
+    return turned_row, col_b * (turned_row.mean() / mean)

@@ -16,34 +16,30 @@ Letters: s history, k = r b entries (b the long side) of a projected gradient. F
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-SumOverShards = Callable[[Tensor], Tensor]
 FLOOR = 4096 * torch.finfo(torch.float64).eps  # of trace(H'H), 1e-12: a smaller damping would be lost in the rounding of H'H itself
 CHUNK_ELEMENTS = {"cpu": 1 << 18}  # entries of H widened to fp64 at a time: what a core's cache holds,
 CHUNK_ELEMENTS_ELSEWHERE = 1 << 24  # or, on accelerators, what makes launching kernels cheap (128 MiB)
 
 
-def identity(value: Tensor) -> Tensor:
-    """The sum over shards of a process that holds everything."""
-    return value
+def remember_(history_sk: Tensor, low_k: Tensor, slot: int) -> Tensor:
+    """Put a projected gradient in one row of the history. Returns its inner products (s,) with all rows, in fp64: one pass over H.
 
-
-def remember_(history_sk: Tensor, gram_ss: Tensor, low_k: Tensor, slot: int, *, sum_over_shards: SumOverShards = identity) -> None:
-    """Put a projected gradient in one row of the history and bring the Gram matrix H'H up to date: one row, one pass over H.
-
-    The Gram matrix is that of the history as stored (rounded to bf16 where it is), so the two never drift apart. Rows that were
-    never written are zero and change nothing.
+    They are those of the history as stored (rounded to bf16 where it is), so that it and the Gram matrix never drift apart. Rows that
+    were never written are zero and change nothing. Of a part of the columns they are a part of the sum.
     """
     history_sk[slot] = low_k
-    row_s = torch.zeros_like(gram_ss[0])
+    row_s = torch.zeros(history_sk.shape[0], dtype=torch.float64, device=history_sk.device)
     for chunk in _column_chunks(history_sk):
         wide = chunk.double()
         row_s += wide @ wide[slot]
-    row_s = sum_over_shards(row_s)
+    return row_s
+
+
+def enter_row_(gram_ss: Tensor, row_s: Tensor, slot: int) -> None:
+    """Bring the Gram matrix H'H up to date after `remember_`."""
     gram_ss[slot] = row_s
     gram_ss[:, slot] = row_s
 
@@ -63,13 +59,16 @@ def natural_gradient(history_sk: Tensor, gram_ss: Tensor, slot: int, damping: fl
     return torch.cat([weights_s @ chunk.double() for chunk in _column_chunks(history_sk)])
 
 
-def gram_matrix(history_sk: Tensor, *, sum_over_shards: SumOverShards = identity) -> Tensor:
-    """H'H from scratch, shape (s, s), in fp64: needed when the whole history has changed (a rotated basis)."""
+def gram_matrix(history_sk: Tensor) -> Tensor:
+    """H'H from scratch, shape (s, s), in fp64: needed when the whole history has changed (a rotated basis).
+
+    Of a part of the columns it is a part of the sum.
+    """
     gram_ss = torch.zeros(history_sk.shape[0], history_sk.shape[0], dtype=torch.float64, device=history_sk.device)
     for chunk in _column_chunks(history_sk):
         wide = chunk.double()
         gram_ss += wide @ wide.mT
-    return sum_over_shards(gram_ss)
+    return gram_ss
 
 
 def _column_chunks(history_sk: Tensor) -> tuple[Tensor, ...]:

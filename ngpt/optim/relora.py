@@ -92,9 +92,9 @@ class ReLoRA(AdamW):
     def _is_plain(self, group: dict[str, Any]) -> bool:
         return False  # the rate is lower after a merge
 
-    def _update(self, p: Tensor, reduced: Tensor, finite: Tensor | None) -> None:
+    def _settings_now(self, p: Tensor) -> dict[str, Any]:
         group = self.slot(p).group
-        self._update_in_pieces(p, reduced, group | {"lr": float(group["lr"]) * self._warmup_after_merge(p)}, finite)
+        return group | {"lr": float(group["lr"]) * self._warmup_after_merge(p)}
 
     def _warmup_after_merge(self, p: Tensor) -> float:
         """The factor on the rate of the coming update."""
@@ -121,7 +121,7 @@ class ReLoRA(AdamW):
         """W <- W + scale B A, from the masters of A and B where there are any."""
         slot, dtype = self.slot(up), compute_dtype(weight)
         merged = weight if weight.dtype == dtype else weight.to(dtype)
-        merged.addmm_(self._working_weight(up).to(dtype), self._working_weight(down).to(dtype), alpha=self._restarts["scale"])
+        merged.addmm_(self._working_copy(up, up).to(dtype), self._working_copy(down, down).to(dtype), alpha=self._restarts["scale"])
         stochastic = slot.group["rounding"] == "stochastic" and weight.dtype == torch.bfloat16
         counters = (slot.group["seed"], MERGE_STREAM, slot.index, int(self.state[up]["step"]))
         store_weight_(weight, merged, generator_for(weight.device, *counters) if stochastic else None)

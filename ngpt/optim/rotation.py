@@ -31,9 +31,8 @@ def rotate_moments(change_rr: Tensor, first_rb: Tensor, second_rb: Tensor, betas
     return rotated_mean_rb.mul_(correction1), second
 
 
-def rotate_history_(change_rr: Tensor, history_sk: Tensor, long_change_rr: Tensor | None = None) -> None:
-    """h <- C h (or C h C_long' if both sides are projected) for each remembered gradient, in place, one at a time."""
+def rotate_history_(change_rr: Tensor, history_sk: Tensor) -> None:
+    """h <- C h for each remembered gradient, in place, one at a time."""
     for row_k in history_sk:
         row_rb = row_k.view(change_rr.shape[1], -1)
-        rotated_rb = change_rr @ row_rb.to(change_rr.dtype)
-        row_rb.copy_(rotated_rb if long_change_rr is None else rotated_rb @ long_change_rr.mT)
+        row_rb.copy_(change_rr @ row_rb.to(change_rr.dtype))

@@ -70,14 +70,14 @@ def test_every_value_is_checked_as_argument_and_as_group_key(method: type[AdamW]
 
 @pytest.mark.parametrize("method", CLASSES)
 def test_what_groups_may_set_are_the_arguments_of_the_class_and_each_has_a_rule(method: type[AdamW]) -> None:
-    arguments = set(inspect.signature(method).parameters) - {"params"}
+    arguments = set(inspect.signature(method).parameters) - {"params", "sharding"}
     assert arguments == method([matrix()]).accepted_keys() - {"rank"}
     assert arguments <= set(RULES)
 
 
 def test_every_rule_is_of_an_argument_of_some_class() -> None:
     arguments = {key for method in CLASSES for key in inspect.signature(method).parameters}
-    assert set(RULES) == arguments - {"params"} | {"rank"}
+    assert set(RULES) == arguments - {"params", "sharding"} | {"rank"}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ngpt.optim import NaturalGaLore, natural_gradient
-from ngpt.optim.natural_gradient import gram_matrix, remember_
+from ngpt.optim.natural_gradient import enter_row_, gram_matrix, remember_
 
 
 def dense(gradients: list[Tensor], damping: float) -> Tensor:
@@ -28,7 +28,7 @@ def by_singular_values(gradients: list[Tensor], damping: float) -> Tensor:
 def through_history(gradients: list[Tensor], size: int, damping: float, dtype: torch.dtype | None = None) -> Tensor:
     history, gram = torch.zeros(size, gradients[0].numel(), dtype=dtype or gradients[0].dtype), torch.zeros(size, size, dtype=torch.float64)
     for number, gradient in enumerate(gradients):
-        remember_(history, gram, gradient, number % size)
+        enter_row_(gram, remember_(history, gradient, number % size), number % size)
     return natural_gradient.natural_gradient(history, gram, (len(gradients) - 1) % size, damping)
 
 
@@ -97,7 +97,7 @@ def test_rows_not_yet_written_change_nothing() -> None:
 def test_the_gram_matrix_kept_row_by_row_is_the_gram_matrix() -> None:
     history, gram = torch.zeros(4, 30), torch.zeros(4, 4, dtype=torch.float64)
     for number in range(11):
-        remember_(history, gram, torch.randn(30), number % 4)
+        enter_row_(gram, remember_(history, torch.randn(30), number % 4), number % 4)
     torch.testing.assert_close(gram, history.double() @ history.double().T)
     torch.testing.assert_close(gram_matrix(history), gram)
 
@@ -115,11 +115,9 @@ def test_shards_of_a_history_need_only_the_sum_of_their_inner_products() -> None
     histories, grams = [torch.zeros(4, 11).double(), torch.zeros(4, 19).double()], [torch.zeros(4, 4).double() for _ in parts]
     for number, gradient in enumerate(gradients):
         slot = number % 4
-        for history, part in zip(histories, parts, strict=True):
-            history[slot] = gradient[part]
-        total = sum(history @ history[slot] for history in histories)
-        for history, gram, part in zip(histories, grams, parts, strict=True):
-            remember_(history, gram, gradient[part], slot, sum_over_shards=lambda row, total=total: total)
+        rows = [remember_(history, gradient[part], slot) for history, part in zip(histories, parts, strict=True)]
+        for gram in grams:
+            enter_row_(gram, sum(rows[1:], rows[0]), slot)
     pieces = [natural_gradient.natural_gradient(history, gram, 0, 0.1) for history, gram in zip(histories, grams, strict=True)]
     torch.testing.assert_close(torch.cat(pieces), through_history(gradients, 4, 0.1), rtol=1e-10, atol=1e-12)
 

@@ -259,7 +259,7 @@ def test_a_diagonal_fisher_is_finite_whatever_is_zero(damping: float, dtype: tor
     state = diagonal_fisher.allocate_means(4, 6, dtype, torch.device("cpu"))
     grad = size * torch.ones(4, 6, dtype=dtype)
     grad[1], grad[:, 2] = 0.0, 0.0
-    diagonal_fisher.remember_(state, grad, 0.9)
+    diagonal_fisher.remember_(state, *diagonal_fisher.mean_squares(grad, grad.shape[1], state["short_mean_sq"].dtype), 0.9)
     u, w = diagonal_fisher.scales(state, 0.9, 1, damping)
     update = u[:, None] * (grad * w)
     assert update.isfinite().all()
@@ -271,7 +271,7 @@ def test_the_diagonal_fisher_makes_rows_and_columns_of_mean_square_one_if_the_gr
     torch.manual_seed(0)
     grad = torch.outer(torch.rand(5).double() + 0.1, torch.rand(8).double() + 0.1) * torch.randint(0, 2, (5, 8)).mul(2).sub(1)
     state = diagonal_fisher.allocate_means(5, 8, torch.float64, torch.device("cpu"))
-    diagonal_fisher.remember_(state, grad, 0.9)
+    diagonal_fisher.remember_(state, *diagonal_fisher.mean_squares(grad, grad.shape[1], state["short_mean_sq"].dtype), 0.9)
     u, w = diagonal_fisher.scales(state, 0.9, 1, 1e-15)
     torch.testing.assert_close((u[:, None] * grad * w).abs(), torch.ones(5, 8).double())
 

@@ -17,6 +17,7 @@ from ngpt.optim.projection import (
     short_side_first,
 )
 from ngpt.optim.rounding import generator_for
+from ngpt.optim.sharding import alone
 
 
 def decaying_matrix(short: int, long: int, decay: float, seed: int = 0) -> Tensor:
@@ -46,7 +47,7 @@ def test_the_randomized_basis_catches_the_energy_of_the_exact_one(decay: float, 
     previous = None
     if warm:  # from the basis of an older gradient that shares a part with this one
         previous = torch.linalg.svd(grad + decaying_matrix(128, 300, decay, seed=5)).U[:, :rank]
-    basis = randomized_range(grad, rank, previous, generator_for(grad.device, 0))[0]
+    basis = alone(randomized_range(grad, rank, previous, generator_for(grad.device, 0)))[0]
     exact = torch.linalg.svd(grad).U[:, :rank]
     assert energy(basis, grad) >= 0.98 * energy(exact, grad)
     torch.testing.assert_close(basis.T @ basis, torch.eye(rank), atol=1e-5, rtol=0)
@@ -55,7 +56,7 @@ def test_the_randomized_basis_catches_the_energy_of_the_exact_one(decay: float, 
 def test_columns_come_in_the_order_of_their_singular_values() -> None:
     grad = decaying_matrix(40, 60, 1.0)
     exact = torch.linalg.svd(grad).U[:, :5]
-    basis = randomized_range(grad, 5, None, generator_for(grad.device, 0))[0]
+    basis = alone(randomized_range(grad, 5, None, generator_for(grad.device, 0)))[0]
     torch.testing.assert_close((basis * exact).sum(0).abs(), torch.ones(5), atol=1e-2, rtol=0)
 
 
@@ -63,7 +64,7 @@ def test_a_useless_old_basis_does_not_hide_new_directions() -> None:
     grad = torch.zeros(20, 30)
     grad[10:14] = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
     old = torch.eye(20)[:, :4]
-    basis = randomized_range(grad, 4, old, generator_for(grad.device, 0))[0]
+    basis = alone(randomized_range(grad, 4, old, generator_for(grad.device, 0)))[0]
     assert energy(basis, grad) >= 0.999 * float(grad.norm() ** 2)
 
 
@@ -170,7 +171,7 @@ def test_energies_end_where_the_gradient_does() -> None:
 def test_a_larger_old_basis_is_cut_to_the_rank() -> None:
     grad = decaying_matrix(40, 60, 1.0)
     old = torch.linalg.svd(grad).U[:, :30]
-    assert randomized_range(grad, 5, old, generator_for(grad.device, 0))[0].shape == (40, 5)
+    assert alone(randomized_range(grad, 5, old, generator_for(grad.device, 0)))[0].shape == (40, 5)
 
 
 def test_random_bases_do_not_look_at_the_gradient_and_are_spread_evenly() -> None:
@@ -191,7 +192,7 @@ def test_the_cheap_basis_takes_the_rows_of_largest_energy_the_first_of_equal_one
 
 def test_equal_seeds_give_equal_bases() -> None:
     grad = decaying_matrix(16, 24, 0.5)
-    bases = [randomized_range(grad, 3, None, generator_for(grad.device, 5, 1, seed))[0] for seed in (2, 2, 3)]
+    bases = [alone(randomized_range(grad, 3, None, generator_for(grad.device, 5, 1, seed)))[0] for seed in (2, 2, 3)]
     assert torch.equal(bases[0], bases[1])
     assert not torch.equal(bases[0], bases[2])
 
