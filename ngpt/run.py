@@ -22,6 +22,7 @@ from ngpt.config.schema import RunConfig, steps_in_run
 from ngpt.config.validate import ConfigError
 from ngpt.data.documents import DataError
 from ngpt.data.unigram import unigram_perplexity
+from ngpt.dist.collectives import Collectives
 from ngpt.dist.process_group import choose_device, random_state, ranks_from_environment, set_random_state
 from ngpt.engine.local import weight_dtype
 from ngpt.loop.evaluate import EvalResult, evaluate
@@ -94,7 +95,7 @@ class Run:
 
         self.tokenizer = build.open_tokenizer(config)
         self.settings = resume.settings_of(config, tokenizer_fingerprint=self.tokenizer.fingerprint if self.tokenizer else None)
-        self.store = store.CheckpointStore(self.folder / "checkpoints", keep=config.checkpoint.keep)
+        self.store = store.CheckpointStore(self.folder / "checkpoints", keep=config.checkpoint.keep, collectives=Collectives())
         checkpoint = self._checkpoint_to_resume()
         state = self._checked_state(checkpoint) if checkpoint else {}
 
@@ -184,7 +185,7 @@ class Run:
                     "start another run with run.name=SOMETHING_ELSE, or continue this one with resume=auto"
                 )
             return None
-        chosen = store.open_checkpoint(Path(self.config.resume))
+        chosen = self.store.open(Path(self.config.resume))
         if newest and store.step_of(newest) > store.step_of(chosen):
             raise store.CheckpointError(
                 f"resume = {chosen}: {self.folder} already has the newer {newest.name}, which this run would mix with; "
@@ -193,17 +194,17 @@ class Run:
         return chosen
 
     def _checked_state(self, checkpoint: Path) -> dict[str, Any]:
-        state = store.read_state(checkpoint)
+        state = self.store.read_state(checkpoint)
         for line in resume.check_settings(state["settings"], self.settings, checkpoint=str(checkpoint)):
             logger.info("changed since %s: %s", checkpoint.name, line)
         return state
 
     def _restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        self.engine.load_weights(store.read_weights(checkpoint))
-        self.engine.load_optimizer_state(store.read_tensors(checkpoint, "optimizer"))
+        self.store.read_weights(checkpoint, lambda file: self.engine.load_weights(file.read, file.names))
+        self.store.read_optimizer(checkpoint, self.engine.optimizer_parts())
         self.loader.load_state_dict(state["data"])
         self.progress.load_state_dict(state["progress"])
-        set_random_state(store.read_tensors(checkpoint, "random"))
+        set_random_state(self.store.read_random(checkpoint))
 
     # ------------------------------------------------------------------------------------------------------- the loop
     def steps(self) -> Iterator[StepResult]:
@@ -288,7 +289,9 @@ class Run:
         folder = self.store.save(
             self.progress.step,
             weights=self.engine.weights(),
-            tensors={"optimizer": self.engine.optimizer_state(), "random": random_state()},
+            layout=self.engine.weight_layout(),
+            optimizer=self.engine.optimizer_parts(),
+            random=random_state(),
             state={
                 "progress": self.progress.state_dict(),
                 "data": self.loader.state_dict(),
@@ -331,7 +334,8 @@ class Run:
                 unigram,
                 share,
             )
-        logger.info("metrics %s | picture %s | newest checkpoint %s", self.folder / "metrics.jsonl", picture, self.store.newest())
+        newest = store.find_newest(self.store.folder)
+        logger.info("metrics %s | picture %s | newest checkpoint %s", self.folder / "metrics.jsonl", picture, newest)
         if self.at_end:
             logger.info("train longer: %s", command_line(self._arguments_for_more()))
         else:

@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"config", "dist", "optim"},
     "loop": {"config", "dist", "data", "engine"},
     "telemetry": {"config", "dist", "loop"},
-    "checkpoint": {"config", "dist", "loop"},
+    "checkpoint": {"config", "dist", "optim", "loop"},
 }
 DATA_PREP_MAY_IMPORT = {"config", "data"}
 COMMANDS = {"ngpt.train", "ngpt.plan", "ngpt.evaluate", "ngpt.generate", "ngpt.export", "ngpt.compare"}  # nobody imports these

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from ngpt.checkpoint.store import CheckpointError
+from ngpt.checkpoint.tensor_file import CheckpointError
 from ngpt.config.schema import RunConfig
 
 # Settings whose change would make the restored weights, optimizer state or data position mean something else. A prefix

@@ -7,54 +7,59 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as tensors_of
+from safetensors.torch import save as bytes_of
 from torch import Tensor
+
+from ngpt.checkpoint.agreement import Agreement
+from ngpt.checkpoint.optimizer_files import fill_, find_fitting, parts_to_write, write_optimizer
+from ngpt.checkpoint.tensor_file import CheckpointError, Layout, TensorFile, write_tensors
+from ngpt.dist.collectives import Collectives
+from ngpt.optim.state import StatePart
 
 logger = logging.getLogger(__name__)
 
 COMPLETE = ".complete"
 LATEST = "latest"
 WEIGHTS = "model.safetensors"
+RANDOM = "random.safetensors"
 STATE = "state.json"
 _STEP_FOLDER = re.compile(r"step-(\d{7,})")
 
 
-class CheckpointError(ValueError):
-    """A checkpoint is missing, unfinished or unreadable."""
-
-
-class Stateful(Protocol):
-    """Anything with a state of plain numbers, strings, lists and dicts that a run must continue from."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
 class CheckpointStore:
-    """The folder `checkpoints/` of a run.
+    """The folder `checkpoints/` of a run, seen by all its ranks. All methods are collective: every rank calls them, in the same order.
 
-    A checkpoint is a folder `step-0000100` with `model.safetensors` (weights by Hugging Face name), one `NAME.pt` for every
-    entry of `tensors`, `state.json` (everything that is not a tensor), further `files`, and an empty `.complete`, written last. A folder
-    without that mark is not a checkpoint: it is never loaded and is cleared away by the next save.
+    A checkpoint is a folder `step-0000100` with `model.safetensors` (weights by Hugging Face name), an `optimizer-*-of-*.safetensors` of
+    every rank (`ngpt.checkpoint.optimizer_files`), `random.safetensors` (generators, a row per rank), `state.json` (everything that is not
+    a tensor), further `files`, and an empty `.complete`, written last. A folder without that mark is not a checkpoint: it is never
+    loaded and is cleared away by the next save.
+
+    Rank 0 decides what there is and tells the others. What fails on one rank is raised on all.
+
+    Args:
+        keep: how many checkpoints stay.
+        device: where tensors of `collectives` must be.
     """
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
+    def __init__(self, folder: Path, *, keep: int, collectives: Collectives, device: torch.device | str = "cpu") -> None:
         self.folder = folder
         self.keep = keep
+        self._ranks = Agreement(collectives, device)
 
     def save(
         self,
         step: int,
         *,
-        weights: Mapping[str, Tensor],
-        tensors: Mapping[str, Any],
+        weights: Iterable[tuple[str, Tensor]],
+        layout: Layout,
+        optimizer: Mapping[str, StatePart],
+        random: Mapping[str, Tensor],
         state: Mapping[str, Any],
         files: Mapping[str, bytes] | None = None,
     ) -> Path:
@@ -64,53 +69,120 @@ class CheckpointStore:
         and replacing a good checkpoint would for a moment leave none.
 
         Args:
-            weights: tensors that share no memory.
-            tensors: name -> object that `torch.load(weights_only=True)` can read back.
-            state: name -> JSON-able object.
-            files: name -> content of further files.
+            weights: names and whole tensors, one at a time. All ranks iterate to the end; rank 0 writes.
+            layout: their dtypes and shapes; looked at on rank 0.
+            optimizer: the parts of the optimizer state that this rank holds. Every rank writes its own.
+            random: states of this rank's generators, of the same names and shapes on all ranks.
+            state: name -> JSON-able object; rank 0's is written.
+            files: name -> content of further files; rank 0's are written.
 
         Returns:
             The folder of the checkpoint.
 
         Raises:
-            OSError: the disk is full or not writable; earlier checkpoints are untouched.
+            OSError: the disk of some rank is full or not writable; earlier checkpoints are untouched, and another save may be tried.
         """
-        name = f"step-{step:07d}"
-        final, temporary = self.folder / name, self.folder / f".{name}.tmp"
-        if (final / COMPLETE).exists():
+        final = self.folder / f"step-{step:07d}"
+        temporary = self.folder / f".{final.name}.tmp"
+        if self._ranks.from_main(lambda: self._is_complete_or_begun(final, temporary)):
             return final
+        weight_bytes = sum(shape.numel() * dtype.itemsize for dtype, shape in layout.values())
+        own = parts_to_write(optimizer, self._ranks, busy_bytes=weight_bytes)
+        generators = self._ranks.gather(bytes_of(dict(random)))
+        stream = iter(weights)
+        error = None
+        try:
+            temporary.mkdir(exist_ok=True)  # so that a network file system shows every rank the folder that rank 0 has made
+            if self._ranks.rank == 0:
+                write_tensors(temporary / WEIGHTS, layout, stream, {"format": "pt"})  # which Hugging Face's reader asks for
+                _write_rest(temporary, generators, state, files or {})
+            write_optimizer(temporary, own, rank=self._ranks.rank, ranks=self._ranks.size, step=step)
+        except Exception as caught:
+            error = caught
+        for _ in stream:  # also after an error: other ranks may be gathering each tensor together with this one
+            pass
+        self._ranks.raise_together(error)
+        self._ranks.from_main(lambda: self._publish(temporary, final))
+        return final
+
+    def newest(self) -> Path | None:
+        """As `find_newest`, of this folder."""
+        return self._path_from_main(lambda: find_newest(self.folder))
+
+    def open(self, folder: Path) -> Path:
+        """As `open_checkpoint`."""
+        path = self._path_from_main(lambda: open_checkpoint(folder))
+        assert path is not None
+        return path
+
+    def read_state(self, folder: Path) -> dict[str, Any]:
+        """As `read_state`: what rank 0 reads, on every rank."""
+        return self._ranks.from_main(lambda: read_state(folder))
+
+    def read_weights(self, folder: Path, load: Callable[[TensorFile], None]) -> None:
+        """Give the file of the weights to `load`, which reads what it needs, a tensor at a time.
+
+        Raises:
+            CheckpointError: the file is missing or broken, or `load` raised ValueError, as where the weights do not fit.
+        """
+        error = None
+        try:
+            load(TensorFile(folder / WEIGHTS))
+        except (ValueError, OSError) as caught:
+            error = caught if isinstance(caught, CheckpointError) else CheckpointError(f"{folder / WEIGHTS}: {caught}")
+        self._ranks.raise_together(error)
+
+    def read_optimizer(self, folder: Path, parts: Mapping[str, StatePart]) -> None:
+        """Fill the live tensors of `parts`, in whatever layout they and those that were saved are.
+
+        Raises:
+            CheckpointError: a file is missing, truncated or of another save, or the state does not fit: named, with nothing changed.
+        """
+        saved, error = {}, None
+        try:
+            saved = find_fitting(folder, parts)
+        except Exception as caught:
+            error = caught
+        self._ranks.raise_together(error)
+        try:
+            fill_(parts, saved)
+        except Exception as caught:
+            error = caught
+        self._ranks.raise_together(error)
+
+    def read_random(self, folder: Path) -> dict[str, Tensor]:
+        """The generators' states that this rank saved; a rank that was not there then gets those of another."""
+        tensors, error = {}, None
+        try:
+            file = TensorFile(folder / RANDOM)
+            tensors = {name: file.read(name) for name in file.names}
+            tensors = {name: rows[self._ranks.rank % len(rows)].clone() for name, rows in tensors.items()}
+        except Exception as caught:
+            error = caught
+        self._ranks.raise_together(error)
+        return tensors
+
+    def _path_from_main(self, decide: Callable[[], Path | None]) -> Path | None:
+        answer = self._ranks.from_main(lambda: None if (path := decide()) is None else str(path))
+        return None if answer is None else Path(answer)
+
+    def _is_complete_or_begun(self, final: Path, temporary: Path) -> bool:
+        """True if the checkpoint is there already; else make its temporary folder."""
+        if (final / COMPLETE).exists():
+            return True
         self.folder.mkdir(parents=True, exist_ok=True)
         self._clear_unfinished()
         temporary.mkdir()
-        save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, temporary / WEIGHTS)
-        for key, value in tensors.items():
-            torch.save(value, temporary / f"{key}.pt")
-        (temporary / STATE).write_text(json.dumps(state, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        for key, content in (files or {}).items():
-            (temporary / key).write_bytes(content)
-        for path in temporary.iterdir():
-            _sync(path)
+        return False
+
+    def _publish(self, temporary: Path, final: Path) -> None:
         _sync(temporary)
         temporary.rename(final)
         (final / COMPLETE).touch()
         _sync(final / COMPLETE)
         _sync(final)
-        self._point_latest_at(name)
+        self._point_latest_at(final.name)
         self._prune()
-        return final
-
-    def newest(self) -> Path | None:
-        """The complete checkpoint with the highest step, or None. Says which newer folders it passed over, and why."""
-        for folder in sorted(self._step_folders(), key=step_of, reverse=True):
-            if (folder / COMPLETE).exists():
-                return folder
-            logger.warning("passing over %s: it has no %s mark, so its save was cut off", folder, COMPLETE)
-        return None
-
-    def _step_folders(self) -> list[Path]:
-        if not self.folder.is_dir():
-            return []
-        return [path for path in self.folder.iterdir() if path.is_dir() and _STEP_FOLDER.fullmatch(path.name)]
 
     def _point_latest_at(self, name: str) -> None:
         temporary = self.folder / f".{LATEST}.tmp"
@@ -121,14 +193,23 @@ class CheckpointStore:
 
     def _clear_unfinished(self) -> None:
         """Remove what saves and removals that were cut off have left."""
-        unmarked = [path for path in self._step_folders() if not (path / COMPLETE).exists()]
+        unmarked = [path for path in _step_folders(self.folder) if not (path / COMPLETE).exists()]
         for leftover in [*self.folder.glob(".step-*.tmp"), *unmarked]:
             shutil.rmtree(leftover)
 
     def _prune(self) -> None:
-        for folder in sorted(self._step_folders(), key=step_of)[: -self.keep]:
+        for folder in sorted(_step_folders(self.folder), key=step_of)[: -self.keep]:
             (folder / COMPLETE).unlink()  # first, so that a removal that is cut off leaves no checkpoint that looks whole
             shutil.rmtree(folder)
+
+
+def find_newest(folder: Path) -> Path | None:
+    """The complete checkpoint with the highest step in a folder of them, or None. Says which newer ones it passed over, and why."""
+    for checkpoint in sorted(_step_folders(folder), key=step_of, reverse=True):
+        if (checkpoint / COMPLETE).exists():
+            return checkpoint
+        logger.warning("passing over %s: it has no %s mark, so its save was cut off", checkpoint, COMPLETE)
+    return None
 
 
 def open_checkpoint(folder: Path) -> Path:
@@ -138,23 +219,6 @@ def open_checkpoint(folder: Path) -> Path:
     if not (folder / COMPLETE).exists():
         raise CheckpointError(f"resume = {folder}: not a complete checkpoint (no {COMPLETE} in it); choose another step folder")
     return folder
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Weights of a checkpoint, by name, on the CPU. Raises CheckpointError where the file is missing or broken."""
-    try:
-        return load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}") from error
-
-
-def read_tensors(folder: Path, name: str) -> Any:
-    """The entry `name` of the checkpoint's `tensors`, on the CPU; nothing but tensors and plain values is ever unpickled."""
-    path = folder / f"{name}.pt"
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many types for a broken file
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -171,6 +235,23 @@ def read_state(folder: Path) -> dict[str, Any]:
 def step_of(folder: Path) -> int:
     """Step of a checkpoint folder, from its name."""
     return int(folder.name.removeprefix("step-"))
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if path.is_dir() and _STEP_FOLDER.fullmatch(path.name)]
+
+
+def _write_rest(folder: Path, generators: list[bytes], state: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+    """Write all that only rank 0 writes beside the weights."""
+    by_rank = [tensors_of(data) for data in generators]
+    random = {name: torch.stack([tensors[name] for tensors in by_rank]) for name in by_rank[0]}
+    write_tensors(folder / RANDOM, {name: (rows.dtype, rows.shape) for name, rows in random.items()}, random.items())
+    text = json.dumps(state, indent=1, allow_nan=False) + "\n"
+    for name, content in {STATE: text.encode(), **files}.items():
+        (folder / name).write_bytes(content)
+        _sync(folder / name)
 
 
 def _sync(path: Path) -> None:

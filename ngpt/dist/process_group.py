@@ -1,36 +1,23 @@
-"""Ranks, device and seed of this process; the only reader of RANK, WORLD_SIZE and LOCAL_RANK."""
+"""Device, seed and process group of this process: begun together, ended together, and with one message where a rank fails."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import random
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Ranks:
-    """Place of this process among its peers: `rank` of `world_size`, and `local_rank` on its machine."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes the run folder."""
-        return self.rank == 0
-
-
-def ranks_from_environment() -> Ranks:
-    """Read what torchrun and deepspeed set; a plain `python` is rank 0 of 1."""
-    return Ranks(
-        rank=int(os.environ.get("RANK", "0")),
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-    )
+from ngpt.dist.collectives import Collectives
+from ngpt.dist.ranks import LaunchError, Ranks
+from ngpt.dist.watch import PeerLost, Watch, is_collective_failure
 
 
 def choose_device(requested: str, ranks: Ranks) -> torch.device:
@@ -47,6 +34,77 @@ def choose_device(requested: str, ranks: Ranks) -> torch.device:
     return device
 
 
+@contextlib.contextmanager
+def process_group(ranks: Ranks, device: torch.device, *, timeout_seconds: float, needed: bool = False) -> Iterator[Collectives]:
+    """The ranks of this launch as one group, over gloo on CPUs and NCCL on GPUs; no group for a process alone, unless it is `needed`.
+
+    A body that ends on all ranks waits for all of them. One that raises tells the other ranks, which end with its message; one whose
+    collective fails raises PeerLost in place of what torch says, and names the rank that died or hangs.
+
+    Args:
+        timeout_seconds: how long a collective waits for the slowest rank.
+        needed: some part of the run works on process groups only.
+
+    Raises:
+        LaunchError: the ranks did not find each other in time.
+        PeerLost: another rank failed.
+    """
+    if ranks.world_size == 1 and not needed:
+        yield Collectives()
+        return
+    store = _store(ranks, timeout_seconds)
+    timeout = timedelta(seconds=timeout_seconds)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("group", store), rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
+    )
+    watch = None if ranks.world_size == 1 else Watch(dist.PrefixStore("watch", store.clone()), ranks, timeout_seconds=timeout_seconds)
+    collectives = Collectives()
+    try:
+        yield collectives
+        if watch is not None:
+            collectives.barrier(device)
+    except BaseException as error:
+        if watch is not None:
+            _end_after(error, watch)
+        raise
+    finally:
+        if watch is not None:
+            watch.close()
+        # At the end, or for the others to notice: this breaks their connections. NCCL would wait instead, and the watch does it there.
+        if backend == "gloo" or not _failing():
+            dist.destroy_process_group()
+
+
+def _failing() -> bool:
+    return sys.exc_info()[1] is not None
+
+
+def _end_after(error: BaseException, watch: Watch) -> None:
+    """Tell the other ranks of `error`, or raise what they say where it is theirs."""
+    if isinstance(error, PeerLost):
+        return
+    if is_collective_failure(error):
+        raise watch.explain(error) from error
+    with contextlib.suppress(RuntimeError):  # without a store there is nobody to tell
+        watch.report(str(error) or type(error).__name__, getattr(error, "exit_code", 1))
+
+
+def _store(ranks: Ranks, timeout_seconds: float) -> dist.Store:
+    """Where the ranks of this launch, and of this attempt of a launcher that restarts, find each other."""
+    if ranks.world_size == 1:
+        return dist.HashStore()
+    try:
+        store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=timedelta(seconds=timeout_seconds)))
+    except (dist.DistError, OSError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise LaunchError(
+            f"rank {ranks.rank} of {ranks.world_size} did not reach the others through {address} in {timeout_seconds:g} s ({error}); "
+            "check that all processes were started with the same address, and that rank 0 runs there"
+        ) from error
+    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
 def seed_everything(seed: int) -> None:
     """Seed every global generator that a library below us might draw from."""
     random.seed(seed)
@@ -54,23 +112,28 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def random_state() -> dict[str, object]:
-    """State of torch's generators and Python's, in types that `torch.load(weights_only=True)` reads.
+def random_state() -> dict[str, Tensor]:
+    """State of torch's generators and Python's, as tensors.
 
     Nothing of ours draws from them after the weights are drawn (data order and rounding have seeds of their own); they are
     kept so that a user's own dropout or augmentation resumes exactly too.
     """
     version, internal, gauss = random.getstate()
-    state: dict[str, object] = {"torch": torch.get_rng_state(), "python": [version, list(internal), gauss]}
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *internal]),
+        "python_gauss": torch.tensor(math.nan if gauss is None else gauss, dtype=torch.float64),
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
-def set_random_state(state: dict[str, object]) -> None:
+def set_random_state(state: Mapping[str, Tensor]) -> None:
     """Restore what `random_state` returned; a CUDA state is ignored where there is no GPU."""
-    torch.set_rng_state(state["torch"])  # type: ignore[arg-type]
-    version, internal, gauss = state["python"]  # type: ignore[misc]
-    random.setstate((version, tuple(internal), gauss))
+    torch.set_rng_state(state["torch"])
+    version, *internal = state["python"].tolist()
+    gauss = state["python_gauss"].item()
+    random.setstate((version, tuple(internal), None if math.isnan(gauss) else gauss))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])  # type: ignore[arg-type]
+        torch.cuda.set_rng_state(state["cuda"])

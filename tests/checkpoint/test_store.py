@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from ngpt.checkpoint.store import (
-    COMPLETE,
-    CheckpointError,
-    CheckpointStore,
-    open_checkpoint,
-    read_state,
-    read_tensors,
-    read_weights,
-    step_of,
-)
+from ngpt.checkpoint.store import COMPLETE, CheckpointError, CheckpointStore, find_newest, open_checkpoint, read_state, step_of
+from ngpt.dist.collectives import Collectives
+from ngpt.optim.state import StatePart
+
+FILES = ["model.safetensors", "optimizer-00000-of-00001.safetensors", "random.safetensors", "state.json"]
 
 
-def save(store, step, *, value=1.0, **changes):
+def moments(value):
+    return {"w/exp_avg": StatePart(torch.full((2,), value), torch.Size((2,)), 0, 2)}
+
+
+def save(store, step, *, value=1.0, weights=None, stream=None, **changes):
+    weights = weights or {"w": torch.full((2, 3), value)}
     parts = {
-        "weights": {"w": torch.full((2, 3), value)},
-        "tensors": {"optimizer": {"state": {0: {"m": torch.full((2,), value)}}, "note": "text"}},
+        "weights": stream or iter(weights.items()),
+        "layout": {name: (tensor.dtype, tensor.shape) for name, tensor in weights.items()},
+        "optimizer": moments(value),
+        "random": {"torch": torch.arange(5, dtype=torch.uint8)},
         "state": {"progress": {"step": step}},
     } | changes
     return store.save(step, **parts)
 
 
+def weights_of(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def read_weights(store, folder):
+    """Names and tensors, as an engine reads them: one at a time."""
+    found = {}
+    store.read_weights(folder, lambda file: found.update({name: file.read(name) for name in file.names}))
+    return found
+
+
 @pytest.fixture
 def store(tmp_path):
-    return CheckpointStore(tmp_path / "checkpoints", keep=2)
+    return CheckpointStore(tmp_path / "checkpoints", keep=2, collectives=Collectives())
 
 
 def test_what_was_saved_is_read_back(store):
@@ -38,12 +50,17 @@ def test_what_was_saved_is_read_back(store):
     folder = save(store, 7, weights=weights, files={"note.txt": b"hello"})
     assert folder.name == "step-0000007"
     assert step_of(folder) == 7
-    read = read_weights(open_checkpoint(folder))
+    read = read_weights(store, store.open(folder))
+    assert read.keys() == weights.keys()
     assert all(torch.equal(read[name], weights[name]) and read[name].dtype == weights[name].dtype for name in weights)
-    assert torch.equal(read_tensors(folder, "optimizer")["state"][0]["m"], torch.ones(2))
-    assert read_state(folder) == {"progress": {"step": 7}}
+    loaded = moments(0.0)
+    store.read_optimizer(folder, loaded)
+    assert torch.equal(loaded["w/exp_avg"].values, torch.ones(2))
+    assert torch.equal(store.read_random(folder)["torch"], torch.arange(5, dtype=torch.uint8))
+    assert store.read_state(folder) == {"progress": {"step": 7}}
     assert (folder / "note.txt").read_bytes() == b"hello"
     assert (folder.parent / "latest").read_text() == "step-0000007\n"
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "note.txt", COMPLETE])
 
 
 def test_the_last_k_are_kept(store):
@@ -54,7 +71,7 @@ def test_the_last_k_are_kept(store):
 
 
 def test_steps_are_compared_as_numbers(tmp_path):
-    store = CheckpointStore(tmp_path, keep=3)
+    store = CheckpointStore(tmp_path, keep=3, collectives=Collectives())
     for step in (9_999_999, 10_000_000):
         save(store, step)
     assert store.newest().name == "step-10000000"
@@ -64,21 +81,54 @@ def test_a_folder_without_its_mark_is_passed_over_and_said_so(store, caplog):
     save(store, 1)
     (save(store, 2) / COMPLETE).unlink()
     assert store.newest().name == "step-0000001"
+    assert find_newest(store.folder) == store.newest()
     assert "step-0000002" in caplog.text
     with pytest.raises(CheckpointError, match="not a complete checkpoint"):
-        open_checkpoint(store.folder / "step-0000002")
+        store.open(store.folder / "step-0000002")
 
 
-def test_a_save_that_fails_leaves_the_earlier_ones_and_the_next_one_works(store, monkeypatch):
+def full_disk(*_arguments, **_keywords):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("at", ["write_tensors", "write_optimizer", "_write_rest", "_sync"])
+def test_a_save_that_fails_leaves_the_earlier_ones_and_the_next_one_works(store, monkeypatch, at):
     good = save(store, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(OSError, match="No space left"):
+        patch.setattr(f"ngpt.checkpoint.store.{at}", full_disk)
+        with pytest.raises(OSError, match="No space left") as error:
             save(store, 2)
+    assert error.value.errno == 28
     assert store.newest() == good
     assert (store.folder / "latest").read_text() == "step-0000001\n"
     assert save(store, 3) == store.newest()
     assert not list(store.folder.glob(".step-*"))
+
+
+def test_all_weights_are_asked_for_even_if_writing_fails_before_the_first(store, monkeypatch):
+    """Other ranks may be gathering each of them together with this one."""
+    asked = []
+
+    def weights():
+        for name in "abc":
+            asked.append(name)
+            yield name, torch.zeros(2, 3)
+
+    monkeypatch.setattr("ngpt.checkpoint.store.write_tensors", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save(store, 1, stream=weights())
+    assert asked == ["a", "b", "c"]
+
+
+def test_an_error_while_weights_are_gathered_is_raised_as_it_is(store):
+    def weights():
+        yield "w", torch.zeros(2, 3)
+        raise RuntimeError("a peer is gone")
+
+    good = save(store, 1)
+    with pytest.raises(RuntimeError, match="a peer is gone"):
+        save(store, 2, stream=weights())
+    assert store.newest() == good
 
 
 def test_a_step_that_has_a_checkpoint_keeps_it_untouched(store):
@@ -86,7 +136,7 @@ def test_a_step_that_has_a_checkpoint_keeps_it_untouched(store):
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert save(store, 5, value=2.0) == folder
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-    assert read_weights(folder)["w"][0, 0] == 1.0
+    assert weights_of(folder)["w"][0, 0] == 1.0
 
 
 def test_an_unfinished_folder_is_replaced_by_a_save_of_its_step_and_cleared_by_any_other(store):
@@ -94,7 +144,7 @@ def test_an_unfinished_folder_is_replaced_by_a_save_of_its_step_and_cleared_by_a
         (save(store, step) / COMPLETE).unlink()
     folder = save(store, 2, value=3.0)
     assert store.newest() == folder
-    assert read_weights(folder)["w"][0, 0] == 3.0
+    assert weights_of(folder)["w"][0, 0] == 3.0
     assert [path.name for path in store.folder.glob("step-*")] == ["step-0000002"]
 
 
@@ -107,30 +157,41 @@ def test_a_missing_folder_is_named(tmp_path):
         open_checkpoint(tmp_path / "step-0000001")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json"])
-def test_a_broken_file_is_named(store, name):
+@pytest.mark.parametrize("content", [b"{ not what it was", b"", None], ids=["garbage", "empty", "missing"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_broken_file_is_named(store, name, content):
     folder = save(store, 1)
-    (folder / name).write_bytes(b"{ not what it was")
-    readers = {"model.safetensors": read_weights, "optimizer.pt": lambda f: read_tensors(f, "optimizer"), "state.json": read_state}
-    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-        readers[name](folder)
+    (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+    readers = dict(
+        zip(
+            FILES,
+            [
+                lambda: read_weights(store, folder),
+                lambda: store.read_optimizer(folder, moments(0.0)),
+                lambda: store.read_random(folder),
+                lambda: read_state(folder),
+            ],
+            strict=True,
+        )
+    )
+    match = "has no optimizer state" if content is None and name.startswith("optimizer") else name.replace(".", r"\.")
+    with pytest.raises(CheckpointError, match=match):
+        readers[name]()
 
 
-def test_a_pickle_that_runs_code_is_refused(store, tmp_path):
-    folder = save(store, 1)
-    witness = tmp_path / "it-ran"
+def test_weights_that_do_not_fit_are_a_matter_of_the_checkpoint(store):
+    def refuse(_file):
+        raise ValueError("these weights do not fit the model:\n  missing: v")
 
-    class Payload:
-        def __reduce__(self):
-            return (witness.touch, ())
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: these weights do not fit the model:\n  missing: v"):
+        store.read_weights(save(store, 1), refuse)
 
-    torch.save(Payload(), folder / "optimizer.pt")
-    with pytest.raises(CheckpointError, match=r"optimizer\.pt"):
-        read_tensors(folder, "optimizer")
-    assert not witness.exists()
+
+def test_no_file_of_a_checkpoint_is_a_pickle(store):
+    assert {path.suffix for path in save(store, 1).iterdir()} == {".safetensors", ".json", ""}
 
 
 def test_state_must_be_json_without_nan(store):
     with pytest.raises(ValueError, match="not JSON compliant"):
         save(store, 1, state={"progress": {"loss": float("nan")}})
-    assert json.dumps(store.newest() is None) == "true"
+    assert store.newest() is None
