@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from ngpt.optim.state import StatePart
 
 
 @dataclass(frozen=True)
@@ -68,18 +70,33 @@ class Engine(Protocol):
         """Exact bytes of `weights` and of the optimizer state by kind (`optimizer_state` is their total)."""
         ...
 
-    def weights(self) -> dict[str, Tensor]:
-        """Parameters by their Hugging Face names, tied ones once."""
+    def weight_layout(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """Dtypes and whole shapes of what `weights` gives, without communication."""
         ...
 
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy `weights` into the parameters; raises ValueError naming what is missing, unknown or of another shape."""
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole parameters by their Hugging Face names, tied ones once, one at a time.
+
+        All ranks must iterate to the end together. Where gathering a weight costs communication, only rank 0 gets it; the others get an
+        empty tensor.
+        """
         ...
 
-    def optimizer_state(self) -> dict[str, Any]:
-        """State of the optimizer: tensors, numbers and strings only."""
+    def load_weights(self, read: Callable[[str], Tensor], names: Sequence[str]) -> None:
+        """Fill the parameters, of which `read` gives one whole tensor at a time.
+
+        Raises ValueError naming what is missing in `names`, unknown or of another shape; some weights may have been filled by then.
+        """
         ...
 
-    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `optimizer_state` returned; learning rates and other settings are those of this run."""
+    def optimizer_parts(self) -> Mapping[str, StatePart]:
+        """The optimizer's state on this rank by "parameter/state": live tensors, which saving reads and loading fills."""
+        ...
+
+    def communication(self) -> dict[str, int]:
+        """Bytes that this rank sent to others since the last call, by what they were for; empty without other ranks."""
+        ...
+
+    def close(self) -> None:
+        """Remove all hooks; the engine cannot be used afterwards."""
         ...
