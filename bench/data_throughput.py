@@ -27,7 +27,7 @@ from ngpt.data.documents import Share, SkippedDocuments
 from ngpt.data.json_lines import JsonLinesSource, expand_globs
 from ngpt.data.loader import build_train_loader
 from ngpt.data.tokenizer import Tokenizer
-from ngpt.dist.process_group import Ranks
+from ngpt.dist.ranks import Ranks
 
 _DOCUMENTS_A_BATCH = 64  # as in ngpt.data.stream
 # Each window is read while the one before it is tokenised: in a single pass over little text, the reading of a second one would count.

@@ -11,7 +11,7 @@ from ngpt.config.schema import LocalC4DataConfig, ModelConfig
 from ngpt.data.json_lines import expand_globs
 from ngpt.data.loader import build_train_loader
 from ngpt.data.tokenizer import Tokenizer
-from ngpt.dist.process_group import Ranks
+from ngpt.dist.ranks import Ranks
 from ngpt.model.llama import LlamaForCausalLM
 from ngpt.optim import AdamW
 

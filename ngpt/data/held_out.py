@@ -9,7 +9,7 @@ import numpy as np
 from ngpt.data.batch import Batch, make_batch
 from ngpt.data.documents import JSON
 from ngpt.data.packing import IGNORED, Rows, RowShape, TokenBlock, cut_tokens, pad_documents
-from ngpt.dist.process_group import Ranks
+from ngpt.dist.ranks import Ranks
 
 
 def held_out_rows(blocks: Iterable[TokenBlock], shape: RowShape, max_tokens: int) -> Rows:

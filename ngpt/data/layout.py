@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ngpt.data.documents import DataError
-from ngpt.dist.process_group import Ranks
+from ngpt.dist.ranks import Ranks
 
 
 @dataclass(frozen=True)

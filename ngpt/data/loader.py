@@ -18,7 +18,7 @@ from ngpt.data.synthetic import EOS_ID, PAD_ID, SyntheticBlocks, SyntheticLangua
 from ngpt.data.token_rows import TokenizedRows
 from ngpt.data.tokenizer import Tokenizer
 from ngpt.data.train_loader import TrainLoader
-from ngpt.dist.process_group import Ranks
+from ngpt.dist.ranks import Ranks
 
 _READER_THREADS = 4
 

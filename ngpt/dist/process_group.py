@@ -6,8 +6,7 @@ import contextlib
 import math
 import os
 import random
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 
 import numpy as np
@@ -35,7 +34,14 @@ def choose_device(requested: str, ranks: Ranks) -> torch.device:
 
 
 @contextlib.contextmanager
-def process_group(ranks: Ranks, device: torch.device, *, timeout_seconds: float, needed: bool = False) -> Iterator[Collectives]:
+def process_group(
+    ranks: Ranks,
+    device: torch.device,
+    *,
+    timeout_seconds: float,
+    needed: bool = False,
+    exit_code_of: Callable[[BaseException], int] = lambda error: 1,
+) -> Iterator[Collectives]:
     """The ranks of this launch as one group, over gloo on CPUs and NCCL on GPUs; no group for a process alone, unless it is `needed`.
 
     A body that ends on all ranks waits for all of them. One that raises tells the other ranks, which end with its message; one whose
@@ -44,6 +50,7 @@ def process_group(ranks: Ranks, device: torch.device, *, timeout_seconds: float,
     Args:
         timeout_seconds: how long a collective waits for the slowest rank.
         needed: some part of the run works on process groups only.
+        exit_code_of: with what this process is going to exit after an error, for the others to do the same.
 
     Raises:
         LaunchError: the ranks did not find each other in time.
@@ -55,39 +62,35 @@ def process_group(ranks: Ranks, device: torch.device, *, timeout_seconds: float,
     store = _store(ranks, timeout_seconds)
     timeout = timedelta(seconds=timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=dist.PrefixStore("group", store), rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
-    )
+    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
     watch = None if ranks.world_size == 1 else Watch(dist.PrefixStore("watch", store.clone()), ranks, timeout_seconds=timeout_seconds)
     collectives = Collectives()
+    at_end = False
     try:
         yield collectives
         if watch is not None:
             collectives.barrier(device)
+        at_end = True
     except BaseException as error:
         if watch is not None:
-            _end_after(error, watch)
+            _end_after(error, watch, exit_code_of)
         raise
     finally:
         if watch is not None:
             watch.close()
-        # At the end, or for the others to notice: this breaks their connections. NCCL would wait instead, and the watch does it there.
-        if backend == "gloo" or not _failing():
+        # Early, for the others to notice: this breaks their connections. NCCL would wait for them; there it is the watch that tells them.
+        if backend == "gloo" or at_end:
             dist.destroy_process_group()
 
 
-def _failing() -> bool:
-    return sys.exc_info()[1] is not None
-
-
-def _end_after(error: BaseException, watch: Watch) -> None:
+def _end_after(error: BaseException, watch: Watch, exit_code_of: Callable[[BaseException], int]) -> None:
     """Tell the other ranks of `error`, or raise what they say where it is theirs."""
     if isinstance(error, PeerLost):
         return
     if is_collective_failure(error):
         raise watch.explain(error) from error
     with contextlib.suppress(RuntimeError):  # without a store there is nobody to tell
-        watch.report(str(error) or type(error).__name__, getattr(error, "exit_code", 1))
+        watch.report(str(error) or type(error).__name__, exit_code_of(error))
 
 
 def _store(ranks: Ranks, timeout_seconds: float) -> dist.Store:

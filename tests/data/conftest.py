@@ -17,7 +17,7 @@ from ngpt.config.schema import DataConfig
 from ngpt.data.loader import build_train_loader
 from ngpt.data.tokenizer import Tokenizer
 from ngpt.data.train_loader import TrainLoader
-from ngpt.dist.process_group import Ranks
+from ngpt.dist.ranks import Ranks
 
 WORDS = ["river", "mountain", "copper", "lantern", "whistle", "garden", "orbit", "thunder", "velvet", "marble", "signal", "harbor"]
 WORDS += ["willow", "ember", "canyon", "falcon", "meadow", "anchor", "blossom", "cobalt", "drift", "echo", "fable", "glacier"]

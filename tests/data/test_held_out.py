@@ -17,7 +17,7 @@ from ngpt.data.loader import Batch, build_eval_batches
 from ngpt.data.packing import IGNORED
 from ngpt.data.tokenizer import Tokenizer
 from ngpt.data.unigram import unigram_perplexity
-from ngpt.dist.process_group import Ranks
+from ngpt.dist.ranks import Ranks
 
 
 def held_out(data: DataConfig, tokenizer: Tokenizer, *, rank: int = 0, world_size: int = 1, **sizes: Any) -> list[Batch]:

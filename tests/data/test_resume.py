@@ -18,7 +18,7 @@ from ngpt.data.layout import Layout, count_streams
 from ngpt.data.loader import Batch
 from ngpt.data.tokenizer import Tokenizer
 from ngpt.data.train_loader import TrainLoader, merge_states
-from ngpt.dist.process_group import Ranks
+from ngpt.dist.ranks import Ranks
 
 datasets = pytest.importorskip("datasets")
 

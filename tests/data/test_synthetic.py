@@ -14,7 +14,7 @@ from ngpt.config.schema import SyntheticDataConfig
 from ngpt.data.documents import DataError
 from ngpt.data.loader import build_train_loader
 from ngpt.data.synthetic import EOS_ID, SyntheticBlocks, SyntheticLanguage
-from ngpt.dist.process_group import Ranks
+from ngpt.dist.ranks import Ranks
 
 
 def test_documents_depend_on_seed_stream_and_number_alone() -> None:

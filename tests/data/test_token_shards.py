@@ -18,7 +18,7 @@ from ngpt.data.packing import IGNORED, RowShape
 from ngpt.data.token_rows import RowOrder, TokenizedRows
 from ngpt.data.token_shards import TokenStore, read_manifest, smallest_dtype
 from ngpt.data.tokenizer import Tokenizer
-from ngpt.dist.process_group import Ranks
+from ngpt.dist.ranks import Ranks
 
 
 @pytest.fixture

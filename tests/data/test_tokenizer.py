@@ -61,7 +61,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused_with_both_sizes(open_loade
 
 def test_text_needs_a_tokenizer() -> None:
     from ngpt.data.loader import build_eval_batches
-    from ngpt.dist.process_group import Ranks
+    from ngpt.dist.ranks import Ranks
 
     with pytest.raises(DataError, match="data=builtin needs a tokenizer"):
         build_eval_batches(

@@ -1,0 +1,171 @@
+"""Ranks that look after each other: signs of life and failures go through the store, and a rank that is lost ends all others by name."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import torch.distributed as dist
+
+from ngpt.dist.ranks import Ranks
+
+logger = logging.getLogger(__name__)
+
+EXIT_PEER_LOST = 4
+_BEAT_SECONDS = 1.0
+_GRACE_SECONDS = 5.0  # in which a rank whose peer has failed may end by itself
+
+
+class PeerLost(RuntimeError):
+    """Another rank died, hangs or has failed; the text names it.
+
+    `speaks` says whether this rank is the one to tell, and `exit_code` with what to exit: that of the rank that failed, or 4.
+    """
+
+    def __init__(self, text: str, *, speaks: bool, exit_code: int = EXIT_PEER_LOST) -> None:
+        super().__init__(text)
+        self.speaks = speaks
+        self.exit_code = exit_code
+
+
+class Watch:
+    """A thread that gives a sign of life every second and ends this process where another one's failure has left it waiting.
+
+    Rank 0 looks after all others and rank 1 after rank 0; the first failure that anybody sees goes to the store, where all look for it.
+    A rank that has had a collective fail asks `explain` why. Where the launcher dies, a rank gets the SIGTERM that it would have sent.
+
+    Args:
+        store: of the process group; used from another thread, so give a connection of its own.
+        timeout_seconds: silence after which a rank counts as lost.
+        end_process: what ends this process when its main thread cannot.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        ranks: Ranks,
+        *,
+        timeout_seconds: float,
+        beat_seconds: float = _BEAT_SECONDS,
+        grace_seconds: float = _GRACE_SECONDS,
+        end_process: Callable[[int], None] = os._exit,
+    ) -> None:
+        self._store = store
+        self._ranks = ranks
+        self._timeout = timeout_seconds
+        self._beat_seconds = beat_seconds
+        self._grace = grace_seconds
+        self._end_process = end_process
+        self._beats = 0
+        self._watched = range(1, ranks.world_size) if ranks.is_main else range(1) if ranks.rank == 1 else range(0)
+        self._seen: dict[int, tuple[bytes, float]] = {}
+        self._parent = os.getppid()
+        self._stop = threading.Event()
+        self._beat()  # so that a rank that never comes this far is not confused with one that fell silent
+        self._thread = threading.Thread(target=self._run, name="ngpt-watch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread; the others must be about to end too."""
+        self._stop.set()
+        self._thread.join(timeout=2 * self._beat_seconds)
+
+    def report(self, text: str, exit_code: int) -> None:
+        """Tell all ranks that this one has failed, unless another one was first."""
+        self._report(f"rank {self._ranks.rank}: {text}", exit_code, [self._ranks.rank])
+
+    def explain(self, error: BaseException) -> PeerLost:
+        """Why a collective failed here: what was reported, or else which ranks give no sign of life, or never came to it."""
+        try:
+            self._store.set(f"stuck/{self._ranks.rank}", b"1")
+            before = self._beats_of_all()
+            deadline = time.monotonic() + self._grace
+            while (failure := self._failure()) is None and time.monotonic() < deadline:
+                time.sleep(self._beat_seconds / 4)
+            if failure is not None:
+                return failure
+            silent = [rank for rank, beat in enumerate(self._beats_of_all()) if beat == before[rank]]
+            late = [rank for rank in range(self._ranks.world_size) if not self._store.check([f"stuck/{rank}"])]
+        except RuntimeError:  # of the store
+            text = "the store of the process group is gone: rank 0, the launcher or the first machine has died"
+            return PeerLost(f"{text}\n  {_first_line(error)}", speaks=self._ranks.rank <= 1)
+        if silent:
+            self._report(f"{_names(silent)} died or was stopped: no sign of life", EXIT_PEER_LOST, silent)
+        elif late:
+            self._report(f"{_names(late)} did not come to a collective within {self._timeout:g} s", EXIT_PEER_LOST, late)
+        else:
+            self._report(f"a collective failed on all ranks: {_first_line(error)}", EXIT_PEER_LOST, [])
+        return self._failure() or PeerLost(str(error), speaks=True)
+
+    # ------------------------------------------------------------------------------------------------------ the thread
+    def _run(self) -> None:
+        failed_at: float | None = None
+        while not self._stop.wait(self._beat_seconds):
+            if os.getppid() != self._parent:
+                self._parent = os.getppid()
+                logger.warning("rank %d: the launcher has died", self._ranks.rank)
+                signal.raise_signal(signal.SIGTERM)
+            try:
+                self._beat()
+                self._look_after_others()
+                failure = self._failure()
+            except RuntimeError:  # the store is gone, and with it what a thread could do: collectives fail or time out by themselves
+                return
+            if failure is None:
+                continue
+            failed_at = failed_at or time.monotonic()
+            if time.monotonic() - failed_at > 2 * self._grace:
+                if failure.speaks:
+                    sys.stderr.write(f"\n{failure}\n")
+                    sys.stderr.flush()
+                self._end_process(failure.exit_code)
+                return
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self._store.set(f"beat/{self._ranks.rank}", str(self._beats))
+
+    def _look_after_others(self) -> None:
+        now, lost = time.monotonic(), []
+        for rank in self._watched:
+            key = f"beat/{rank}"
+            beat = self._store.get(key) if self._store.check([key]) else b""
+            if beat != self._seen.get(rank, (None,))[0]:
+                self._seen[rank] = beat, now
+            elif now - self._seen[rank][1] > self._timeout:
+                lost.append(rank)
+        if lost:
+            self._report(f"{_names(lost)} died or was stopped: no sign of life for {self._timeout:g} s", EXIT_PEER_LOST, lost)
+
+    # ------------------------------------------------------------------------------------------------------- the store
+    def _beats_of_all(self) -> list[bytes]:
+        keys = [f"beat/{rank}" for rank in range(self._ranks.world_size)]
+        return [self._store.get(key) if self._store.check([key]) else b"" for key in keys]
+
+    def _report(self, text: str, exit_code: int, lost: Sequence[int]) -> None:
+        speaker = min(set(range(self._ranks.world_size)) - set(lost), default=0)
+        self._store.compare_set("failure", "", f"{speaker} {exit_code} {text}")
+
+    def _failure(self) -> PeerLost | None:
+        if not self._store.check(["failure"]):
+            return None
+        speaker, exit_code, text = self._store.get("failure").decode().split(" ", 2)
+        return PeerLost(text, speaks=int(speaker) == self._ranks.rank, exit_code=int(exit_code))
+
+
+def is_collective_failure(error: BaseException) -> bool:
+    """Whether `error` says that a collective failed, which as a rule is another rank's fault."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _names(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
