@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,24 +27,31 @@ class Agreement:
         return self._collectives.gather_bytes(data, self._device)
 
     def from_main(self, decide: Callable[[], Any]) -> Any:
-        """What `decide` returns on rank 0, JSON-able, on every rank; so that a slow network file system shows all ranks the same files."""
-        answer, error = None, None
-        try:
-            answer = decide() if self.rank == 0 else None
-        except Exception as caught:
-            error = caught
-        self.raise_together(error)
+        """What `decide` returns on rank 0, JSON-able, on every rank; so that a slow network file system shows all ranks the same files.
+
+        What `decide` raises is raised as by `together`.
+        """
+        answer = None
+        with self.together():
+            if self.rank == 0:
+                answer = decide()
         return answer if self.size == 1 else json.loads(self.gather(json.dumps(answer).encode())[0])
 
-    def raise_together(self, error: Exception | None) -> None:
-        """Raise on every rank if there is an error on any.
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A body that works on files: where it raises OSError or ValueError on some rank, every rank raises at its end.
+
+        Other errors, such as those of collectives, leave at once. A single rank raises its own.
 
         Raises:
-            OSError: all errors are such.
-            CheckpointError: they are this and OSErrors.
-            RuntimeError: something else is among them.
-            With a single rank, its own error.
+            OSError: naming the ranks whose files failed.
+            CheckpointError: not all of the errors were of that kind.
         """
+        error = None
+        try:
+            yield
+        except (OSError, ValueError) as caught:
+            error = caught
         if self.size == 1:
             if error is not None:
                 raise error
@@ -54,20 +62,16 @@ class Agreement:
             raise _combined(failures) from error
 
 
-def _described(error: Exception | None) -> tuple[str, int | None, str] | None:
-    if error is None:
-        return None
-    if isinstance(error, OSError):
-        return "OSError", error.errno, str(error)
-    if isinstance(error, CheckpointError):
-        return "CheckpointError", None, str(error)
-    return "RuntimeError", None, f"{type(error).__name__}: {error}"
+def _described(error: OSError | ValueError | None) -> tuple[bool, int | None, str] | None:
+    """Whether an error is one of the system, its number if it has one, and its text, without the number."""
+    if isinstance(error, OSError) and error.strerror:
+        return True, error.errno, f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return None if error is None else (isinstance(error, OSError), None, str(error))
 
 
-def _combined(failures: list[tuple[int, str, int | None, str]]) -> Exception:
-    """One error of all failures (rank, kind, errno, text)."""
-    kinds = {kind for _, kind, _, _ in failures}
+def _combined(failures: list[tuple[int, bool, int | None, str]]) -> OSError | CheckpointError:
+    """One error of all failures (rank, whether of the system, errno, text)."""
     text = "; ".join(f"rank {rank}: {text}" for rank, _, _, text in failures)
-    if kinds == {"OSError"}:
-        return OSError(failures[0][2], text) if failures[0][2] is not None else OSError(text)
-    return RuntimeError(text) if "RuntimeError" in kinds else CheckpointError(text)
+    if not all(of_system for _, of_system, _, _ in failures):
+        return CheckpointError(text)
+    return OSError(text) if failures[0][2] is None else OSError(failures[0][2], text)

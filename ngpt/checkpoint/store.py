@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import logging
 import os
@@ -90,18 +91,15 @@ class CheckpointStore:
         own = parts_to_write(optimizer, self._ranks, busy_bytes=weight_bytes)
         generators = self._ranks.gather(bytes_of(dict(random)))
         stream = iter(weights)
-        error = None
-        try:
-            temporary.mkdir(exist_ok=True)  # so that a network file system shows every rank the folder that rank 0 has made
-            if self._ranks.rank == 0:
-                write_tensors(temporary / WEIGHTS, layout, stream, {"format": "pt"})  # which Hugging Face's reader asks for
-                _write_rest(temporary, generators, state, files or {})
+        with self._ranks.together():
+            try:
+                temporary.mkdir(exist_ok=True)  # so that a network file system shows every rank the folder that rank 0 has made
+                if self._ranks.rank == 0:
+                    write_tensors(temporary / WEIGHTS, layout, stream, {"format": "pt"})  # which Hugging Face's reader asks for
+                    _write_rest(temporary, generators, state, files or {})
+            finally:  # also after an error: the ranks may be gathering each tensor together
+                collections.deque(stream, maxlen=0)
             write_optimizer(temporary, own, rank=self._ranks.rank, ranks=self._ranks.size, step=step)
-        except Exception as caught:
-            error = caught
-        for _ in stream:  # also after an error: other ranks may be gathering each tensor together with this one
-            pass
-        self._ranks.raise_together(error)
         self._ranks.from_main(lambda: self._publish(temporary, final))
         return final
 
@@ -125,12 +123,14 @@ class CheckpointStore:
         Raises:
             CheckpointError: the file is missing or broken, or `load` raised ValueError, as where the weights do not fit.
         """
-        error = None
-        try:
-            load(TensorFile(folder / WEIGHTS))
-        except (ValueError, OSError) as caught:
-            error = caught if isinstance(caught, CheckpointError) else CheckpointError(f"{folder / WEIGHTS}: {caught}")
-        self._ranks.raise_together(error)
+        path = folder / WEIGHTS
+        with self._ranks.together():
+            try:
+                load(TensorFile(path))
+            except CheckpointError:
+                raise
+            except ValueError as error:
+                raise CheckpointError(f"{path}: {error}") from error
 
     def read_optimizer(self, folder: Path, parts: Mapping[str, StatePart]) -> None:
         """Fill the live tensors of `parts`, in whatever layout they and those that were saved are.
@@ -138,29 +138,17 @@ class CheckpointStore:
         Raises:
             CheckpointError: a file is missing, truncated or of another save, or the state does not fit: named, with nothing changed.
         """
-        saved, error = {}, None
-        try:
+        with self._ranks.together():
             saved = find_fitting(folder, parts)
-        except Exception as caught:
-            error = caught
-        self._ranks.raise_together(error)
-        try:
+        with self._ranks.together():
             fill_(parts, saved)
-        except Exception as caught:
-            error = caught
-        self._ranks.raise_together(error)
 
     def read_random(self, folder: Path) -> dict[str, Tensor]:
         """The generators' states that this rank saved; a rank that was not there then gets those of another."""
-        tensors, error = {}, None
-        try:
+        with self._ranks.together():
             file = TensorFile(folder / RANDOM)
-            tensors = {name: file.read(name) for name in file.names}
-            tensors = {name: rows[self._ranks.rank % len(rows)].clone() for name, rows in tensors.items()}
-        except Exception as caught:
-            error = caught
-        self._ranks.raise_together(error)
-        return tensors
+            rows = {name: file.read(name) for name in file.names}
+        return {name: by_rank[self._ranks.rank % len(by_rank)].clone() for name, by_rank in rows.items()}
 
     def _path_from_main(self, decide: Callable[[], Path | None]) -> Path | None:
         answer = self._ranks.from_main(lambda: None if (path := decide()) is None else str(path))

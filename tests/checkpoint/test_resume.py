@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 from ngpt.checkpoint.resume import ResumeError, check_settings, settings_of
 from ngpt.config.compose import compose_run
 
 
+@functools.cache
 def settings(*overrides, fingerprint="abc"):
     optimizer = [] if any(override.startswith("optimizer=") for override in overrides) else ["optimizer=natural_galore_paper"]
     config = compose_run(["model=llama_9m", "data=synthetic", *optimizer, "optimizer.rank=16", "trainer.max_steps=10", *overrides])
@@ -34,6 +37,7 @@ def test_the_same_settings_are_silent():
         ("trainer.seq_len=64", "trainer.seq_len"),
         ("trainer.global_batch_size=64", "trainer.global_batch_size"),
         ("data.shuffle_window=3", "data.shuffle_window"),
+        ("trainer.precision=fp32", "trainer.precision: 'bf16' in the checkpoint, 'fp32' now"),
         ("seed=1", "seed: 0 in the checkpoint, 1 now"),
     ],
 )
@@ -60,6 +64,12 @@ def test_all_refusals_come_at_once():
 def test_what_may_change_is_reported():
     lines = check_settings(settings(), settings("trainer.max_steps=20", "optimizer.lr=0.5", "trainer.micro_batch_size=8"), checkpoint="c")
     assert lines == ["optimizer.lr: 0.01 -> 0.5", "trainer.max_steps: 10 -> 20", "trainer.micro_batch_size: 16 -> 8"]
+
+
+def test_how_a_run_is_spread_over_processes_may_change():
+    lines = check_settings(settings(), settings("engine=deepspeed", "engine.zero_stage=3"), checkpoint="c")
+    assert "engine.zero_stage: 1 -> 3" in lines
+    assert all(line.startswith("engine.") for line in lines)
 
 
 def test_where_and_how_to_watch_is_nobodys_business():
