@@ -27,6 +27,13 @@ class Collectives:
         self.rank = dist.get_rank(group) if started else 0
         self.bytes_sent = 0
 
+    @classmethod
+    def single(cls) -> Collectives:
+        """A group of this process alone, whatever others there are."""
+        one = cls.__new__(cls)
+        one._group, one.size, one.rank, one.bytes_sent = None, 1, 0, 0
+        return one
+
     # ---------------------------------------------------------------------------------------------------------- tensors
     def sum_(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in place."""
@@ -120,6 +127,11 @@ class Reduction:
 
     def __init__(self, result: Tensor, work: dist.Work | None, source: Tensor) -> None:
         self._result, self._work, self._source = result, work, source
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept for it."""
+        return self._source.nbytes + (0 if self._result.data_ptr() == self._source.data_ptr() else self._result.nbytes)
 
     def wait(self) -> Tensor:
         """The sum."""

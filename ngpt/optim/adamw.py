@@ -228,13 +228,25 @@ class AdamW(torch.optim.Optimizer):
 
         Linear in `grad` within one update, so micro-batches may be added up afterwards. Does not touch weights or state.
         """
+        self.check_gradient(p, grad)
+        return grad
+
+    def check_gradient(self, p: Tensor, grad: Tensor) -> None:
+        """Raises RuntimeError for a gradient of a kind that no method takes."""
         if grad.is_sparse:
             raise RuntimeError(f"{self.slot(p).name}: sparse gradients are not supported; build the embedding with sparse=False")
-        return grad
 
     def reduced_shape(self, p: Tensor) -> tuple[int, int] | None:
         """Rows and columns of a reduced gradient that is sharded by its columns; None for one that is sharded by flat slices."""
         return None
+
+    def keeps_full_gradient(self, p: Tensor) -> bool:
+        """Whether the update of `p` needs its full gradient."""
+        return True
+
+    def wants_basis(self, p: Tensor, *, first: bool = True) -> bool:
+        """Whether a basis is to be found before the next gradient of `p` is reduced."""
+        return False
 
     def drop_gradient(self, p: Tensor) -> None:
         """Forget whatever `reduce_gradient` prepared for the update of `p` that will not take place."""

@@ -162,8 +162,8 @@ class LowRankAdamW(AdamW):
         if self.keeps_full_gradient(p):
             short, long = sorted(self.sharding.shape(p))
             return short, long
-        bases = self._fresh_bases.get(p) or self._bases(state)
-        return bases[0].shape[1], self._width(p, group)
+        basis, *_ = self._fresh_bases.get(p) or self._bases(state)
+        return basis.shape[1], self._width(p, group)
 
     def _largest_rank(self, p: Tensor, group: dict[str, Any]) -> int:
         """Rows of the projected gradient, at most."""
@@ -277,7 +277,7 @@ class LowRankAdamW(AdamW):
         if thin:
             scaled_ab = yield from at_size_one(grad_ab)
         else:  # what is not linear in the gradient needs all of it: exact singular vectors, energies of rows, the share of a rank
-            scaled_ab = (yield Columns(grad_ab)) if columns else (yield Sum(grad_ab.to(compute_dtype(p))))
+            scaled_ab = (yield Columns(grad_ab, max(self.sharding.shape(p)))) if columns else (yield Sum(grad_ab.to(compute_dtype(p))))
         if scaled_ab is None:
             return None
         bases = []
@@ -356,24 +356,24 @@ class LowRankAdamW(AdamW):
         values = moments.read_moments(group["moments"], state, shape)
         if len(changes) > 1:  # columns are mixed too
             for key in sorted(values.keys() - {"exp_avg_sq_row"}):
-                values[key] = yield Columns(values[key])
+                values[key] = yield Columns(values[key], self._width(p, group))
         rotated = moments.rotated_moments(values, changes, group["betas"], _moment_age(state))
         if len(changes) > 1:
             rotated = {key: value if key == "exp_avg_sq_row" else self._own_part(value) for key, value in rotated.items()}
         moments.replace_moments_(state, rotated, self._moment_generator(p, ROTATION_STREAM))
         if "history" in state:
-            yield from self._rotate_history(state, changes)
+            yield from self._rotate_history(state, changes, self._width(p, group))
         if "fisher_factor" in state:
             factored_fisher.rotate_factor_(state, changes[0])
             self._find_root(state, group, changes[0].shape[0])
 
-    def _rotate_history(self, state: dict[str, Tensor], changes: tuple[Tensor, ...]) -> Asking[None]:
+    def _rotate_history(self, state: dict[str, Tensor], changes: tuple[Tensor, ...], width: int) -> Asking[None]:
         """h <- C h, or C h C_long' if both sides are projected, and the Gram matrix anew."""
         if len(changes) == 1:
             rotation.rotate_history_(changes[0], state["history"])
         else:
             for row_k in state["history"]:
-                row_rr = yield Columns(row_k.view(changes[0].shape[1], -1))
+                row_rr = yield Columns(row_k.view(changes[0].shape[1], -1), width)
                 row_k.copy_(self._own_part(changes[0] @ row_rr.to(changes[0].dtype) @ changes[1].mT).reshape(-1))
         state["gram"].copy_((yield Sum(natural_gradient.gram_matrix(state["history"]))))
 
@@ -398,7 +398,8 @@ class LowRankAdamW(AdamW):
             yield from self._publish(p)
         else:
             assert change.low is not None
-            change = dataclasses.replace(change, low=(yield Columns(change.low)))  # r b numbers, and every process lifts them by itself
+            low = yield Columns(change.low, self._width(p, self.slot(p).group), as_weight=True)
+            change = dataclasses.replace(change, low=low)  # r b numbers were sent; every process lifts them by itself
             if self.sharding.keeps_weights_whole and "master" not in self.state[p]:
                 self._change_whole(p, change, finite)
             else:

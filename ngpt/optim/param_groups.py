@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from ngpt.optim.sharding import WHOLE
 
 
 def low_rank_groups(
@@ -16,6 +19,7 @@ def low_rank_groups(
     scale: float = 0.25,
     targets: Sequence[str] | None = None,
     embeddings: bool = False,
+    shape_of: Callable[[Tensor], torch.Size] = WHOLE.shape,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Groups of (name, parameter) pairs that hold every trainable parameter once: plain AdamW first, then the projected matrices.
@@ -24,7 +28,8 @@ def low_rank_groups(
     `nn.Embedding` shares, and none with a name that has a part ending in "head" or containing "embed". In a LLaMA these are the
     attention and MLP matrices. With `targets`, the matrices whose name contains any of these strings are projected instead, whatever
     their layer. With `embeddings`, embedding and head are projected too, in a third group with scale 1: their step stays as large as
-    AdamW's. `options` go to the projected groups.
+    AdamW's. `shape_of` gives the shape of a parameter where it is not its own, as of one that is partitioned. `options` go to the
+    projected groups.
 
     Raises ValueError if nothing is left to project, a target matches no matrix, or both `targets` and `embeddings` are given.
     """
@@ -34,9 +39,9 @@ def low_rank_groups(
     linear = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
     embedded = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     if targets is None:
-        low_rank = {name for name, p in named if p in linear - embedded and min(p.shape) > rank and not _is_embedding_or_head(name)}
+        low_rank = {name for name, p in named if p in linear - embedded and min(shape_of(p)) > rank and not _is_embedding_or_head(name)}
     else:
-        matrices = [name for name, p in named if p.ndim == 2]
+        matrices = [name for name, p in named if len(shape_of(p)) == 2]
         unmatched = [target for target in targets if not any(target in name for name in matrices)]
         if unmatched:
             raise ValueError(f"targets {unmatched} match no trainable matrix; the matrices are: {', '.join(matrices) or 'none'}")
@@ -46,7 +51,7 @@ def low_rank_groups(
             f"no matrix to project: rank = {rank} must be below the shorter side of at least one linear layer "
             "that is neither embedding nor head (or name some with targets=[...])"
         )
-    outer = {name for name, p in named if embeddings and p in linear | embedded and name not in low_rank and min(p.shape) > rank}
+    outer = {name for name, p in named if embeddings and p in linear | embedded and name not in low_rank and min(shape_of(p)) > rank}
     shared = {"rank": rank, "update_proj_gap": update_proj_gap} | options
     groups = [
         {"params": [(name, p) for name, p in named if name not in low_rank | outer]},

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,6 +30,45 @@ def attach(optimizer: AdamW, apply: str = "deferred") -> PerLayerUpdates:
     return PerLayerUpdates(optimizer, immediate=apply == "immediate")
 
 
+class GradientHooks:
+    """Hands each gradient on the moment backward has finished it, and sees that it comes once a micro-batch.
+
+    Raises RuntimeError if a parameter already holds a gradient.
+    """
+
+    def __init__(self, optimizer: AdamW, on_gradient: Callable[[Tensor, Tensor], None]) -> None:
+        self._optimizer = optimizer
+        self._on_gradient = on_gradient
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        holding = [optimizer.slot(p).name for p in self.parameters if p.grad is not None]
+        if holding:
+            raise RuntimeError(f"{', '.join(holding)}: holds a gradient already; call zero_grad() before attaching per-layer updates")
+        self._handles = [p.register_post_accumulate_grad_hook(self._take) for p in self.parameters]
+        self._fired: set[Tensor] = set()
+
+    def begin_micro_batch(self) -> None:
+        """Call before each backward."""
+        self._fired.clear()
+
+    @torch.no_grad()
+    def _take(self, p: Tensor) -> None:
+        grad, p.grad = p.grad, None
+        if grad is None:
+            raise RuntimeError(f"{self._optimizer.slot(p).name}: another hook took its gradient first; detach() what was attached before")
+        if p in self._fired:
+            raise RuntimeError(
+                f"{self._optimizer.slot(p).name}: a second gradient in one micro-batch. begin_micro_batch() or step() was not called, or "
+                "the parameter is used in several reentrant checkpoints: use torch.utils.checkpoint with use_reentrant=False"
+            )
+        self._fired.add(p)
+        self._on_gradient(p, grad)
+
+    def detach(self) -> None:
+        """Gradients stay in `p.grad` again."""
+        for handle in self._handles:
+            handle.remove()
+
+
 class PerLayerUpdates:
     """The handle of `attach`. An update is `begin_update`, `begin_micro_batch` and backward for each micro-batch, `step` or `discard`.
 
@@ -38,18 +78,13 @@ class PerLayerUpdates:
     def __init__(self, optimizer: AdamW, *, immediate: bool) -> None:
         self.optimizer = optimizer
         self.immediate = immediate
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        holding = [optimizer.slot(p).name for p in self._parameters if p.grad is not None]
-        if holding:
-            raise RuntimeError(f"{', '.join(holding)}: holds a gradient already; call zero_grad() before attaching per-layer updates")
-        self._handles = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in self._parameters]
+        self._hooks = GradientHooks(optimizer, self._on_gradient)
         self._reduced: dict[Tensor, Tensor] = {}
-        self._fired: set[Tensor] = set()
         self._micro_batches = 1
         self._device = optimizer.param_groups[0]["params"][0].device  # where numbers about the whole update are
         self._full_norms: dict[Tensor, Tensor] = {}  # of full gradients, where they are not what is kept
         self._reduced_norms: dict[Tensor, Tensor] = {}  # immediate: taken as gradients come; deferred: of what is kept, once asked for
-        self._skipped = {device: torch.zeros((), dtype=torch.int64, device=device) for device in {p.device for p in self._parameters}}
+        self._skipped = {device: torch.zeros((), dtype=torch.int64, device=device) for device in {p.device for p in self._hooks.parameters}}
         self._skipped_before = self._skipped_so_far()
 
     # ---------------------------------------------------------------------------------------------------------- backward
@@ -71,19 +106,9 @@ class PerLayerUpdates:
 
     def begin_micro_batch(self) -> None:
         """Call before each backward of an update."""
-        self._fired.clear()
+        self._hooks.begin_micro_batch()
 
-    @torch.no_grad()
-    def _on_gradient(self, p: Tensor) -> None:
-        grad, p.grad = p.grad, None
-        if grad is None:
-            raise RuntimeError(f"{self.optimizer.slot(p).name}: another hook took its gradient first; detach() what was attached before")
-        if p in self._fired:
-            raise RuntimeError(
-                f"{self.optimizer.slot(p).name}: a second gradient in one micro-batch. begin_micro_batch() or step() was not called, or "
-                "the parameter is used in several reentrant checkpoints: use torch.utils.checkpoint with use_reentrant=False"
-            )
-        self._fired.add(p)
+    def _on_gradient(self, p: Tensor, grad: Tensor) -> None:
         kept = self._reduced.get(p)
         reduced = self.optimizer.reduce_gradient(p, grad, first=kept is None)
         if self._micro_batches == 1 and reduced is not grad:
@@ -166,20 +191,19 @@ class PerLayerUpdates:
 
     def live_bytes(self) -> int:
         """Bytes of all gradients that are kept now: the reduced ones, and full ones in `p.grad`, if any."""
-        full = [p.grad for p in self._parameters if p.grad is not None]
+        full = [p.grad for p in self._hooks.parameters if p.grad is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in [*self._reduced.values(), *full])
 
     def detach(self) -> None:
         """Remove the hooks and drop what is kept; afterwards gradients stay in `p.grad` again."""
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.detach()
         for p in self._reduced:
             self.optimizer.drop_gradient(p)
         self._reduced.clear()
         self._begin_anew()
 
     def _begin_anew(self) -> None:
-        self._fired.clear()
+        self._hooks.begin_micro_batch()
         self._full_norms.clear()
         self._reduced_norms.clear()
         self._micro_batches = 1

@@ -38,8 +38,15 @@ class OfFirst(Request):
     """The `value` of the first process: where all should have the same, but rounding could make them differ."""
 
 
+@dataclass(frozen=True)
 class Columns(Request):
-    """The columns of all shards, (..., b), where `value` (..., b_k) are those of this one."""
+    """The `width` columns of all shards, (..., width), where `value` (..., own) are those of this one.
+
+    `as_weight` allows to send them in the dtype of weights; then all get the rounded ones, this process too.
+    """
+
+    width: int
+    as_weight: bool = False
 
 
 @dataclass(frozen=True)
