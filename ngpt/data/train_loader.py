@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import queue
 import threading
 import time
@@ -12,13 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ngpt.data.batch import Batch, make_batch
 from ngpt.data.documents import JSON, DataError
 from ngpt.data.layout import Layout
 from ngpt.data.packing import RowSource
-from ngpt.dist.collectives import Collectives
 
 _STATE_VERSION = 1
 _POLL_SECONDS = 0.1
@@ -199,9 +195,3 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if any(other[key] != first[key] for key in ("version", "settings", "global_batches")):
             raise ValueError("data states of different runs or steps cannot be merged")
     return {**first, "streams": {stream: state for part in states for stream, state in part["streams"].items()}}
-
-
-def state_of_all_ranks(loader: TrainLoader, collectives: Collectives, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What `merge_states` makes of the states of all ranks' loaders, on every rank: what a checkpoint holds. A collective call."""
-    states = collectives.gather_bytes(json.dumps(loader.state_dict()).encode(), device)
-    return merge_states([json.loads(state) for state in states])

@@ -99,6 +99,16 @@ def test_8_bit_state_keeps_its_bits_in_its_layout_and_goes_to_the_nearest_levels
         assert parts_kit.same_bits(mine, original[0] if original else right["p/m"])
 
 
+def test_codes_and_scales_that_rounding_to_nearest_would_not_give_keep_their_bits_too(tmp_path, parts_kit):
+    """As stochastic rounding leaves them: the largest value of a block below the power of two that was set aside for it."""
+    scales = torch.tensor([float("nan"), 2.0, 0.0])
+    part = StatePart(torch.randint(0, 200, (2 * BLOCK + 9,), dtype=torch.uint8), torch.Size((5000,)), 7, 2 * BLOCK + 9, scales)
+    write_optimizer(tmp_path, {"p/v": part}, rank=0, ranks=1, step=1)
+    loaded = load(tmp_path, parts_kit.blank({"p/v": part}))["p/v"]
+    assert torch.equal(loaded.values, part.values)
+    assert torch.equal(loaded.scales.view(torch.int32), scales.view(torch.int32))
+
+
 def test_a_long_8_bit_vector_is_requantized_in_stretches(tmp_path, parts_kit, monkeypatch):
     monkeypatch.setattr("ngpt.checkpoint.optimizer_files.REQUANTIZED_AT_ONCE", 2 * BLOCK)
     state = {"p/m": parts_kit.Whole.random((9 * BLOCK + 17,), "signed", cut=True)}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from ngpt.config.schema import SyntheticDataConfig
 from ngpt.data.loader import build_train_loader
-from ngpt.data.train_loader import TrainLoader, state_of_all_ranks
+from ngpt.data.train_loader import TrainLoader, merge_states
 from ngpt.dist.collectives import Collectives
 from ngpt.dist.ranks import Ranks
 
@@ -36,7 +37,8 @@ def merged_state() -> dict[str, Any]:
     collectives = Collectives()
     loader = trained(collectives.rank, collectives.size)
     try:
-        return state_of_all_ranks(loader, collectives)
+        states = collectives.gather_bytes(json.dumps(loader.state_dict()).encode())
+        return merge_states([json.loads(state) for state in states])
     finally:
         loader.close()
 
