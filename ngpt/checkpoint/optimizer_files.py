@@ -249,9 +249,8 @@ def _kind_problems(saved: Mapping[str, list[SavedPart]], parts: Mapping[str, Sta
 
 def _covering(pieces: Sequence[SavedPart], start: int, count: int) -> list[tuple[SavedPart, int, int]]:
     """Which piece to read which columns [low, high) from, to get [start, start + count). Raises CheckpointError naming a gap."""
-    exact = [piece for piece in pieces if (piece.start, piece.count) == (start, count)]
     position, found = start, []
-    for piece in exact or pieces:
+    for piece in pieces:
         if piece.start <= position < min(piece.stop, start + count):
             found.append((piece, position, min(piece.stop, start + count)))
             position = found[-1][2]
