@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,27 +21,36 @@ from ngpt.config.optimizers import (
     OptimizerConfig,
     ReLoRAConfig,
 )
+from ngpt.config.problems import ConfigError
 from ngpt.config.schema import (
     ConstantSchedulerConfig,
     CosineSchedulerConfig,
+    EngineConfig,
     LinearSchedulerConfig,
     RunConfig,
     SchedulerConfig,
+    TrainerConfig,
     WSDSchedulerConfig,
     checkpointing_interval,
+    engine_of_launch,
     warmup_steps_in_run,
 )
 from ngpt.data.batch import Batch
 from ngpt.data.loader import build_eval_batches, build_train_loader
 from ngpt.data.tokenizer import Tokenizer
 from ngpt.data.train_loader import TrainLoader
+from ngpt.dist.collectives import Collectives
 from ngpt.dist.process_group import Ranks, seed_everything
+from ngpt.engine.base import Engine
+from ngpt.engine.deepspeed_config import deepspeed_config
+from ngpt.engine.deepspeed_contract import UnknownDeepSpeed, check_deepspeed
 from ngpt.engine.local import LocalEngine, weight_dtype
 from ngpt.model import lora
 from ngpt.model.llama import LlamaForCausalLM, compile_blocks
 from ngpt.optim import AdamW, AdaRankGrad, GaLore, NaturalGaLore, low_rank_groups, lr_schedule
 from ngpt.optim.low_rank import LowRankAdamW
 from ngpt.optim.relora import ReLoRA
+from ngpt.optim.sharding import WHOLE, Sharding
 
 _LOW_RANK: dict[type[LowRankConfig], type[LowRankAdamW]] = {
     GaLoreConfig: GaLore,
@@ -94,23 +104,60 @@ def build_model(config: RunConfig) -> LlamaForCausalLM:
     return model
 
 
-def build_engine(config: RunConfig, device: torch.device) -> LocalEngine:
-    """The engine with a new model and a new optimizer on `device`."""
+def build_engine(config: RunConfig, device: torch.device) -> Engine:
+    """The engine with a new model and a new optimizer on `device`; over all ranks of the process group, if one was started.
+
+    Raises ConfigError for options of DeepSpeed that cannot be passed on, before anything is built, and for a DeepSpeed that is unknown.
+    """
     precision = config.trainer.precision
-    return LocalEngine(
+    parts = (
         functools.partial(build_model, config),
         functools.partial(build_optimizer, config=config.optimizer, precision=precision, seed=config.seed),
-        device=device,
-        dtype=weight_dtype(precision),
-        apply=config.optimizer.apply,
-        grad_clip=config.trainer.grad_clip,
+    )
+    shared = {
+        "device": device,
+        "dtype": weight_dtype(precision),
+        "apply": config.optimizer.apply,
+        "grad_clip": config.trainer.grad_clip,
+    }
+    world_size = Collectives().size
+    if engine_of_launch(config.engine, world_size) == "local":
+        return LocalEngine(*parts, **shared)
+    return _build_zero_engine(config.engine, config.trainer, parts, shared, world_size)
+
+
+def _build_zero_engine(
+    engine: EngineConfig, trainer: TrainerConfig, parts: tuple[Callable, Callable], shared: dict[str, Any], world_size: int
+) -> Engine:
+    options = deepspeed_config(
+        engine.deepspeed,
+        zero_stage=engine.zero_stage,
+        micro_batch_size=trainer.micro_batch_size,
+        accumulation_steps=trainer.global_batch_size // (trainer.micro_batch_size * world_size),
+        world_size=world_size,
+    )
+    # DeepSpeed is imported here, as runs on one process need none of it. It settles on a kind of device while it is imported.
+    os.environ.setdefault("DS_ACCELERATOR", shared["device"].type)
+    try:
+        check_deepspeed()
+    except UnknownDeepSpeed as error:
+        raise ConfigError([str(error)]) from error
+    from ngpt.engine.deepspeed_engine import ZeroEngine
+
+    return ZeroEngine(
+        *parts,
+        options,
+        **shared,
+        zero_stage=engine.zero_stage,
+        communication_dtype={"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[engine.communication_dtype],
     )
 
 
-def build_optimizer(model: nn.Module, *, config: OptimizerConfig, precision: str, seed: int) -> AdamW:
+def build_optimizer(model: nn.Module, sharding: Sharding = WHOLE, *, config: OptimizerConfig, precision: str, seed: int) -> AdamW:
     """The optimizer that `config` asks for, over all trainable parameters of `model`.
 
     Args:
+        sharding: which part of parameters and state this process has.
         precision: `trainer.precision`; says how bf16 weights are rounded.
         seed: of random bases and of stochastic rounding.
     """
@@ -122,6 +169,7 @@ def build_optimizer(model: nn.Module, *, config: OptimizerConfig, precision: str
         "state_dtype": config.state_dtype,
         "rounding": _ROUNDING[precision],
         "seed": seed,
+        "sharding": sharding,
     }
     if isinstance(config, AdamWConfig):
         return AdamW(model.named_parameters(), **shared)
@@ -129,7 +177,7 @@ def build_optimizer(model: nn.Module, *, config: OptimizerConfig, precision: str
         return _build_lora(model, config, shared)
     assert isinstance(config, LowRankConfig)
     of_groups = {name: getattr(config, name) for name in ("rank", "update_proj_gap", "scale", "embeddings")}
-    groups = low_rank_groups(model, **of_groups)
+    groups = low_rank_groups(model, shape_of=sharding.shape, **of_groups)
     own = {field.name for field in dataclasses.fields(config)} - {field.name for field in dataclasses.fields(OptimizerConfig)}
     options = {name: getattr(config, name) for name in own - of_groups.keys()}  # settings and arguments share names
     return _LOW_RANK[type(config)](groups, **shared, **options)

@@ -64,12 +64,12 @@ def test_the_first_loss_is_that_of_every_other_optimizer_of_the_seed():
 def test_the_weights_of_a_run_become_those_of_a_plain_model():
     config = compose_run(RELORA)
     engine = build_engine(config, torch.device("cpu"))
-    first = {name: weight.clone() for name, weight in engine.weights().items()}
+    first = {name: weight.clone() for name, weight in engine.weights()}
     for index in range(3):  # a merge after the second
         update(engine, index)
-    assert all(not torch.equal(first[name], weight) for name, weight in engine.weights().items())
+    assert all(not torch.equal(first[name], weight) for name, weight in engine.weights())
     plain = build_model(dataclasses.replace(config, optimizer=compose_run([*TINY, "optimizer=adamw"]).optimizer))
-    plain.load_state_dict(merged_weights(engine.weights(), alpha=config.optimizer.lora_alpha))
+    plain.load_state_dict(merged_weights(dict(engine.weights()), alpha=config.optimizer.lora_alpha))
     tokens = torch.arange(12)[None]
     torch.testing.assert_close(plain(tokens), engine.model(tokens), rtol=1e-4, atol=1e-5)
 

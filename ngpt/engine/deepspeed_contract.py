@@ -106,6 +106,8 @@ CONTRACT = (
     Name(_PARTITION, "Init.__init__", ("config_dict_or_path", "enabled")),
     Name(_PARTITION, "Init._zero_init_param", ("param",)),
     Name(_PARTITION, "Init._post_init_method", ("module",), ("_zero_init_param",)),
+    Name(_PARTITION, "Init._add_tensor_creation_wrappers"),
+    Name(_PARTITION, "Init._remove_tensor_creation_wrappers"),
     Name(
         _PARTITION,
         "Init._convert_to_deepspeed_param",

@@ -34,7 +34,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.weight = linear.weight
         self.weight.requires_grad_(False)
-        rows, columns = linear.weight.shape
+        rows, columns = linear.out_features, linear.in_features  # where weights are partitioned, their shapes do not say it
         self.lora_A = nn.Parameter(linear.weight.new_empty(rank, columns))
         self.lora_B = nn.Parameter(linear.weight.new_zeros(rows, rank))
         self.scale = alpha / rank
@@ -62,7 +62,7 @@ def add_adapters(model: LlamaForCausalLM, *, rank: int, alpha: float) -> None:
     ]
     if not linears:
         raise ValueError("the model has adapters already")
-    shortest = min(min(linear.weight.shape) for _, _, linear in linears)
+    shortest = min(min(linear.out_features, linear.in_features) for _, _, linear in linears)
     if not 1 <= rank < shortest:
         raise ValueError(f"rank = {rank} must be at least 1 and below {shortest}, the shortest side of the model's matrices")
     for parent, name, linear in linears:

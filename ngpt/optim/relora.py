@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ngpt.optim.adamw import AdamW, store_weight_
 from ngpt.optim.rounding import generator_for
+from ngpt.optim.sharding import WHOLE, Sharding
 from ngpt.optim.storage import Stored, compute_dtype
 
 # First counters of random numbers, beside those of ngpt.optim.adamw: new A, and the rounding of a merged W.
@@ -56,11 +57,16 @@ class ReLoRA(AdamW):
         state_dtype: str = "fp32",
         rounding: str = "stochastic",
         seed: int = 0,
+        sharding: Sharding = WHOLE,
     ) -> None:
+        if sharding.is_split:
+            raise ValueError(
+                "ReLoRA merges and prunes whole adapters, of which a sharding would leave it a part: use LoRA (AdamW on adapters)"
+            )
         _check_restarts(scale=scale, merge_every=merge_every, restart_warmup=restart_warmup, prune=prune)
         self._adapters = [tuple(adapter) for adapter in adapters]
         self._restarts = {"scale": scale, "merge_every": merge_every, "restart_warmup": restart_warmup, "prune": prune}
-        super().__init__(params, lr, betas, eps, weight_decay, state_dtype=state_dtype, rounding=rounding, seed=seed)
+        super().__init__(params, lr, betas, eps, weight_decay, state_dtype=state_dtype, rounding=rounding, seed=seed, sharding=sharding)
         self._check_adapters()
         self._merge_hook = self.register_step_post_hook(_merge_after_step)
 
