@@ -52,7 +52,7 @@ def parts_to_write(parts: Mapping[str, StatePart], ranks: Agreement, *, busy_byt
         writer = loads.index(min(loads)) if shared else ranks.rank
         if shared:
             loads[writer] += part.values.nbytes
-        if writer == ranks.rank and part.values.numel() > 0:
+        if writer == ranks.rank:
             own[name] = part
     return own
 

@@ -47,7 +47,7 @@ def write_tensors(path: Path, layout: Layout, tensors: Iterable[tuple[str, Tenso
             if expected != (tensor.dtype, tensor.shape):
                 raise ValueError(f"{path.name}: {name} is {tensor.dtype} {tuple(tensor.shape)}, but {expected} was announced")
             file.seek(len(head) + starts[name])
-            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            file.write(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
             del tensor  # before the next one is made
         if missing:
             raise ValueError(f"{path.name}: announced, but never given: {', '.join(missing)}")

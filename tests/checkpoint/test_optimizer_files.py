@@ -59,7 +59,7 @@ def small(parts_kit):
     }
 
 
-tensors = st.tuples(st.lists(st.integers(1, 40), max_size=3).map(tuple), st.sampled_from([*PLAIN_KINDS, torch.int64]), st.booleans())
+tensors = st.tuples(st.lists(st.integers(0, 40), max_size=3).map(tuple), st.sampled_from([*PLAIN_KINDS, torch.int64]), st.booleans())
 
 
 @given(st.lists(tensors, max_size=5), st.lists(st.integers(1, 5), min_size=2, max_size=4))
