@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import shlex
@@ -11,19 +12,25 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import torch
 import yaml
 
 from ngpt import build
 from ngpt.checkpoint import resume, store
 from ngpt.config.optimizers import LoRAConfig
-from ngpt.config.schema import RunConfig, steps_in_run
+from ngpt.config.schema import RunConfig, engine_of_launch, steps_in_run
 from ngpt.config.validate import ConfigError
 from ngpt.data.documents import DataError
+from ngpt.data.train_loader import merge_states
 from ngpt.data.unigram import unigram_perplexity
-from ngpt.dist.collectives import Collectives
-from ngpt.dist.process_group import choose_device, random_state, ranks_from_environment, set_random_state
+from ngpt.dist.exit_codes import EXIT_DIVERGED, EXIT_PEER_LOST, EXIT_USER_ERROR
+from ngpt.dist.process_group import choose_device, process_group, random_state, set_random_state
+from ngpt.dist.ranks import LaunchError, ranks_from_environment
+from ngpt.dist.replicas import ReplicasDiffer, check_replicas
+from ngpt.dist.watch import PeerLost
 from ngpt.engine.local import weight_dtype
 from ngpt.loop.evaluate import EvalResult, evaluate
 from ngpt.loop.stop import stop_on_signals
@@ -32,16 +39,30 @@ from ngpt.loop.train_step import StepResult
 from ngpt.model import cost
 from ngpt.telemetry.console import configure_logging, duration, eval_line, progress_bar, step_line
 from ngpt.telemetry.manifest import write_manifest
-from ngpt.telemetry.metrics import StepMetrics, device_memory, device_peak_flops, eval_record
+from ngpt.telemetry.metrics import Record, StepMetrics, device_memory, device_peak_flops, eval_record
 from ngpt.telemetry.plot import plot_run
 from ngpt.telemetry.sinks import JsonlSink, WandbSink
 
-__all__ = ["USER_ERRORS", "Run", "TrainingDiverged", "due"]
+__all__ = ["PeerLost", "Run", "due", "exit_code_of"]
 
 logger = logging.getLogger(__name__)
 
-# Mistakes that a user can mend: their texts say how, and a traceback would only hide that.
-USER_ERRORS = (ConfigError, DataError, store.CheckpointError)
+# Errors whose texts say all that there is to say, and with what to exit; a traceback would only hide that.
+_EXIT_CODES: dict[type[Exception], int] = {
+    ConfigError: EXIT_USER_ERROR,
+    DataError: EXIT_USER_ERROR,
+    store.CheckpointError: EXIT_USER_ERROR,
+    LaunchError: EXIT_USER_ERROR,
+    TrainingDiverged: EXIT_DIVERGED,
+    ReplicasDiffer: EXIT_PEER_LOST,
+}
+
+
+def exit_code_of(error: BaseException) -> int:
+    """With what to exit after `error`; 1 where it is none whose text is enough."""
+    if isinstance(error, PeerLost):
+        return error.exit_code
+    return next((code for kind, code in _EXIT_CODES.items() if isinstance(error, kind)), 1)
 
 
 def due(every_steps: int, step: int) -> bool:
@@ -58,6 +79,7 @@ class Run:
 
     Raises:
         ConfigError, DataError, CheckpointError: something that only shows once files are opened does not fit.
+        PeerLost: another rank died, hangs or failed.
     """
 
     def __init__(self, config: RunConfig, arguments: list[str]) -> None:
@@ -74,28 +96,38 @@ class Run:
         try:
             self._assemble()
         except BaseException:
-            self._resources.close()
+            self._resources.__exit__(*sys.exc_info())
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.wandb.close(exit_code=self.exit_code if kind is None else 1)
-        self._resources.close()
+        self._resources.__exit__(kind, error, trace)
 
     # ------------------------------------------------------------------------------------------------------- assembly
     def _assemble(self) -> None:
         config, trainer = self.config, self.config.trainer
         self.folder.mkdir(parents=True, exist_ok=True)
-        configure_logging(self.folder if self.ranks.is_main else None)
+        configure_logging(self.folder, rank=self.ranks.rank)
         self.stop = self._resources.enter_context(stop_on_signals())
         try:
             self.device = choose_device(trainer.device, self.ranks)
         except ValueError as error:
             raise ConfigError([str(error)]) from error
+        self.collectives = self._resources.enter_context(
+            process_group(
+                self.ranks,
+                self.device,
+                timeout_seconds=config.engine.timeout_seconds,
+                needed=engine_of_launch(config.engine, self.ranks.world_size) == "deepspeed",
+                exit_code_of=exit_code_of,
+            )
+        )
 
         self.tokenizer = build.open_tokenizer(config)
         self.settings = resume.settings_of(config, tokenizer_fingerprint=self.tokenizer.fingerprint if self.tokenizer else None)
-        self.store = store.CheckpointStore(self.folder / "checkpoints", keep=config.checkpoint.keep, collectives=Collectives())
+        together = {"collectives": self.collectives, "device": self.device}
+        self.store = store.CheckpointStore(self.folder / "checkpoints", keep=config.checkpoint.keep, **together)
         checkpoint = self._checkpoint_to_resume()
         state = self._checked_state(checkpoint) if checkpoint else {}
 
@@ -110,20 +142,23 @@ class Run:
         self._open_telemetry(checkpoint, state)
 
     def _open_telemetry(self, checkpoint: Path | None, state: dict[str, Any]) -> None:
-        config, trainer = self.config, self.config.trainer
+        """Begin what rank 0 alone writes; W&B and the bar are there on other ranks too, and silent."""
+        config, trainer, is_main = self.config, self.config.trainer, self.ranks.is_main
         as_dict = dataclasses.asdict(config)
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(as_dict, sort_keys=False), encoding="utf-8")
-        write_manifest(
-            self.folder / "manifest.json",
-            config=as_dict,
-            device=self.device,
-            argv=self.arguments,
-            resumed_from=checkpoint.name if checkpoint else None,
-        )
-        self.jsonl = JsonlSink(self.folder / "metrics.jsonl", resume_step=self.progress.step)
-        self._resources.callback(self.jsonl.close)
+        self._config_text = yaml.safe_dump(as_dict, sort_keys=False)
+        if is_main:
+            (self.folder / "config.yaml").write_text(self._config_text, encoding="utf-8")
+            write_manifest(
+                self.folder / "manifest.json",
+                config=as_dict,
+                device=self.device,
+                argv=self.arguments,
+                resumed_from=checkpoint.name if checkpoint else None,
+            )
+            self.jsonl = JsonlSink(self.folder / "metrics.jsonl", resume_step=self.progress.step)
+            self._resources.callback(self.jsonl.close)
         self.wandb = WandbSink(
-            config.logger,
+            config.logger if is_main else dataclasses.replace(config.logger, wandb="disabled"),
             run_name=config.run.name,
             run_folder=self.folder,
             run_config=as_dict,
@@ -132,11 +167,11 @@ class Run:
         )
         self.metrics = StepMetrics(
             flops_per_token=cost.flops_per_token(config.model, trainer.seq_len, adapter_rank=self._adapter_rank),
-            peak_flops=trainer.peak_flops or device_peak_flops(self.device, weight_dtype(trainer.precision)),
+            peak_flops=trainer.peak_flops or (device_peak_flops(self.device, weight_dtype(trainer.precision)) if is_main else 1.0),
             world_size=self.ranks.world_size,
         )
         self._announce(checkpoint)
-        self._bar = self._resources.enter_context(progress_bar(total_steps=self.total_steps, done=self.progress.step))
+        self._bar = self._resources.enter_context(progress_bar(total_steps=self.total_steps, done=self.progress.step, shown=is_main))
 
     def _announce(self, checkpoint: Path | None) -> None:
         config, trainer = self.config, self.config.trainer
@@ -217,7 +252,8 @@ class Run:
             micro_batches_per_step=self._micro_batches_per_step,
             lr_multiplier=build.build_schedule(self.config.scheduler, self.total_steps),
             max_nonfinite_steps=self.config.trainer.max_nonfinite_steps,
-            should_stop=self.stop,
+            should_stop=lambda: self.stop.agreed(self.collectives, self.device),
+            sum_over_ranks=lambda own: int(self.collectives.sum_(torch.tensor(own, device=self.device))),
         )
 
     @property
@@ -244,14 +280,32 @@ class Run:
         regular = result.step == 1 or self.at_end or due(self.config.logger.every_steps, result.step)
         if not regular and result.step != self.resumed_step + 1:
             return
+        memory, sources = self._over_ranks(device_memory(self.device), self.loader.stats())
         record = self.metrics.record(
-            result, state_bytes=self.engine.state_bytes(), memory=device_memory(self.device), sources=self.loader.stats()
+            result, state_bytes=self.engine.state_bytes(), memory=memory, sources=sources, communication=self.engine.communication()
         )
         seconds_left = (self.total_steps - result.step) * (record["time/step_s"] or 0)
         logger.info("%s", step_line(record, total_steps=self.total_steps, seconds_left=seconds_left))
         if regular:  # the first line after a resume is a sign of life on the console; the uninterrupted run has no such record
+            self._publish(record)
+
+    def _publish(self, record: Record) -> None:
+        if self.ranks.is_main:
             self.jsonl.write(record)
             self.wandb.write(record)
+
+    def _over_ranks(self, memory: dict[str, float], sources: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+        """This rank's memory beside the highest peak of all ranks; counters of the data added up, and the longest wait."""
+        if self.ranks.world_size == 1:
+            return memory, sources
+        peaks, counters = zip(*self._gather([memory["peak_allocated"], sources]), strict=True)
+        added = {name: sum(of_rank.get(name, 0) for of_rank in counters) for name in sources}
+        longest = max(of_rank["wait_seconds"] for of_rank in counters)
+        return memory | {"peak_allocated_largest": max(peaks)}, added | {"wait_seconds": longest}
+
+    def _gather(self, value: Any) -> list[Any]:
+        """What each rank has, by rank; JSON-able."""
+        return [json.loads(data) for data in self.collectives.gather_bytes(json.dumps(value).encode(), self.device)]
 
     def _record_skipped(self, result: StepResult) -> None:
         update = result.update
@@ -261,10 +315,11 @@ class Run:
             "what": what,
             "loss": repr(update.loss),
             "grad_norm": repr(update.grad_norm),
-            "batches": [batch.identity() for batch in result.batches],
+            "batches": list(itertools.chain(*self._gather([batch.identity() for batch in result.batches]))),
         }
-        with (self.folder / "nonfinite_steps.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(identity) + "\n")
+        if self.ranks.is_main:
+            with (self.folder / "nonfinite_steps.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(identity) + "\n")
         logger.warning(
             "step %d: loss %s, gradient norm %s: %s (%d steps so far)",
             result.step,
@@ -277,11 +332,15 @@ class Run:
     def evaluate(self) -> None:
         """Evaluate on the held-out tokens and record the result."""
         started = time.perf_counter()
-        self._last_eval = evaluate(self.engine, self.eval_batches, self.tokenizer.token_bytes if self.tokenizer else None)
+        token_bytes = self.tokenizer.token_bytes if self.tokenizer else None
+        self._last_eval = evaluate(self.engine, self.eval_batches, token_bytes, self.collectives)
         record = eval_record(self.progress.step, self.progress.tokens, self._last_eval, seconds=time.perf_counter() - started)
         logger.info("%s", eval_line(record, total_steps=self.total_steps))
-        self.jsonl.write(record)
-        self.wandb.write(record)
+        self._publish(record)
+
+    def check_replicas(self) -> None:
+        """Raise ReplicasDiffer unless all ranks hold the same weights."""
+        check_replicas(self.engine.weights(), self.collectives, step=self.progress.step)
 
     def save(self) -> None:
         """Write the checkpoint of this step."""
@@ -294,12 +353,11 @@ class Run:
             random=random_state(),
             state={
                 "progress": self.progress.state_dict(),
-                "data": self.loader.state_dict(),
+                "data": merge_states(self._gather(self.loader.state_dict())),
                 "wandb": self.wandb.state_dict(),
                 "settings": self.settings,
             },
-            files={"config.yaml": (self.folder / "config.yaml").read_bytes()}
-            | ({"tokenizer.model": self.tokenizer.model_bytes} if self.tokenizer else {}),
+            files={"config.yaml": self._config_text.encode()} | ({"tokenizer.model": self.tokenizer.model_bytes} if self.tokenizer else {}),
         )
         logger.info("checkpoint %s (%.1fs)", folder, time.perf_counter() - started)
 
@@ -312,6 +370,8 @@ class Run:
     def summarise(self) -> None:
         """Draw the plot and say where things are and how to go on."""
         references = self._unigram_reference()
+        if not self.ranks.is_main:
+            return
         picture = self.folder / "metrics.png"
         plot_run(self.folder / "metrics.jsonl", picture, title=self.config.run.name, references=references)
         signal = self.stop.signal
@@ -358,7 +418,8 @@ class Run:
         loader = build.open_train_loader(self.config, self.tokenizer, self.ranks)
         try:
             batches = self.progress.step * self._micro_batches_per_step
-            return {"unigram": unigram_perplexity(loader, batches, self.eval_batches, self.config.model.vocab_size)}
+            vocabulary, ranks = self.config.model.vocab_size, {"collectives": self.collectives, "device": self.device}
+            return {"unigram": unigram_perplexity(loader, batches, self.eval_batches, vocabulary, **ranks)}
         finally:
             loader.close()
 

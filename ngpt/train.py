@@ -25,14 +25,14 @@ from ngpt.config.compose import (
 )
 from ngpt.config.schema import RunConfig
 from ngpt.config.validate import ConfigError, validate
+from ngpt.dist.exit_codes import EXIT_USER_ERROR
+from ngpt.dist.ranks import LaunchError, ranks_from_environment
 
-EXIT_USER_ERROR = 2
-EXIT_DIVERGED = 3
 SECONDS_FOR_RANK_0 = 20
 
 
 def train(config: RunConfig, arguments: list[str]) -> int:
-    """Train as `config` says. Returns the exit code: 0 done, 75 stopped by SIGTERM or SIGUSR1 after saving, 130 by Ctrl-C after saving."""
+    """Train as `config` says. Returns the exit code (`ngpt.dist.exit_codes`): done, or stopped by a signal after saving."""
     from ngpt.run import Run, due
 
     with Run(config, arguments) as run:
@@ -40,6 +40,8 @@ def train(config: RunConfig, arguments: list[str]) -> int:
             return run.nothing_left()
         for result in run.steps():
             run.record(result)
+            if due(config.engine.check_replicas_every, result.step):
+                run.check_replicas()
             if due(config.eval.every_steps, result.step) and not run.at_end:
                 run.evaluate()
             if due(config.checkpoint.every_steps, result.step) and not run.at_end:
@@ -53,13 +55,13 @@ def train(config: RunConfig, arguments: list[str]) -> int:
 
 
 def main() -> None:
-    """Entry point: exits with the code of `train`; with 2 and a message for a mistake of the user's; with 3 for a run that diverged."""
+    """Entry point: exits with the code of `train`, or with that of an error whose message says it all."""
     arguments = strip_launcher_arguments(sys.argv[1:])
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     try:
+        world_size = ranks_from_environment().world_size
         refuse_multirun_under_launcher(arguments, world_size)
         check_arguments(arguments)
-    except ConfigError as error:
+    except (ConfigError, LaunchError) as error:
         sys.exit(_report(error, EXIT_USER_ERROR))
     exit_codes: list[int] = []
 
@@ -81,26 +83,33 @@ def _run_job(composed: DictConfig, arguments: list[str], world_size: int) -> int
         validate(config, world_size=world_size)
     except ConfigError as error:
         return _report(error, EXIT_USER_ERROR)
-    from ngpt.run import USER_ERRORS, TrainingDiverged
+    from ngpt.run import PeerLost, exit_code_of
 
     try:
         code = train(config, arguments)
-    except USER_ERRORS as error:
-        return _report(error, EXIT_USER_ERROR)
-    except TrainingDiverged as error:
-        return _report(error, EXIT_DIVERGED)
+    except PeerLost as error:
+        code = _report(error, error.exit_code, speaks=error.speaks)
+        sys.stdout.flush()
+        os._exit(code)  # what is left of a broken process group may wait for the others for ever
+    except Exception as error:
+        code = exit_code_of(error)
+        if code == 1:
+            raise
+        return _report(error, code)
     if code:
         sys.exit(code)  # stopped by a signal: the jobs of a sweep that are left must not start
     return code
 
 
-def _report(error: Exception, exit_code: int) -> int:
-    """Say what is wrong, once: every rank has made the same mistake, and rank 0 speaks for all."""
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"\n{error}\n")
-    else:
-        # A launcher ends all ranks as soon as the first one fails: leave rank 0 the time to speak. Its end ends this wait.
+def _report(error: Exception, exit_code: int, *, speaks: bool | None = None) -> int:
+    """Say what is wrong, once: as a rule all ranks know the same, and rank 0, or the one that `speaks`, tells it for all."""
+    if speaks is None:
+        speaks = os.environ.get("RANK", "0") == "0"
+    if not speaks:
+        # A launcher ends all ranks as soon as the first one ends: leave the other one the time to speak. Its end ends this wait.
         time.sleep(SECONDS_FOR_RANK_0)
+    sys.stderr.write(f"\n{error}\n")
+    sys.stderr.flush()
     return exit_code
 
 

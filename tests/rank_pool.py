@@ -70,36 +70,37 @@ class RankPool:
 
     def _collect(self, ranks: list[_RankProcess], deadline: float, timeout: float) -> list[Any]:
         results: dict[int, Any] = {}
-        failure: BaseException | None = None
+        failures: list[tuple[float, BaseException]] = []
         while len(results) < len(ranks):
             waiting = {process.connection: rank for rank, process in enumerate(ranks) if rank not in results}
             ready = wait(list(waiting), timeout=max(deadline - time.monotonic(), 0))
             if not ready:
                 hung = [f"rank {rank} hangs\n{ranks[rank].stack()}" for rank in waiting.values()]
                 self._discard([ranks[rank] for rank in waiting.values()])
-                raise failure or RankFailed(f"not done after {timeout:.0f} s: " + "\n".join(hung))
+                raise _first(failures) or RankFailed(f"not done after {timeout:.0f} s: " + "\n".join(hung))
             for connection in ready:
                 rank = waiting[connection]  # type: ignore[index]
-                results[rank], error = self._result(rank, ranks[rank])
-                if error is not None and failure is None:  # the first one is the cause, the others only follow
-                    failure, deadline = error, min(deadline, time.monotonic() + GRACE_SECONDS)
-        if failure is not None:
+                results[rank], failed_at, error = self._result(rank, ranks[rank])
+                if error is not None:
+                    failures.append((failed_at, error))
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        if failure := _first(failures):
             raise failure
         return [results[rank] for rank in range(len(ranks))]
 
-    def _result(self, rank: int, process: _RankProcess) -> tuple[Any, BaseException | None]:
+    def _result(self, rank: int, process: _RankProcess) -> tuple[Any, float, BaseException | None]:
         try:
-            result, error, trace = pickle.loads(process.connection.recv_bytes())
+            result, failed_at, error, trace = pickle.loads(process.connection.recv_bytes())
         except (EOFError, OSError):
             code = process.process.wait()
             end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             self._discard([process])
-            return None, RankFailed(f"rank {rank} died ({end})\n{process.errors()}")
+            return None, 0.0, RankFailed(f"rank {rank} died ({end})\n{process.errors()}")
         if trace is None:
-            return result, None
+            return result, 0.0, None
         error = error or RankFailed(trace)
         error.__cause__ = RankTraceback(f"in rank {rank}:\n{trace}")
-        return None, error
+        return None, failed_at, error
 
     def _discard(self, processes: list[_RankProcess]) -> None:
         for process in processes:
@@ -146,6 +147,11 @@ class _RankProcess:
         self.process.wait()
 
 
+def _first(failures: list[tuple[float, BaseException]]) -> BaseException | None:
+    """The failure that came first: it is the cause, and the others only follow from it."""
+    return min(failures, key=lambda item: item[0], default=(0.0, None))[1]
+
+
 def _whereabouts(function: Callable[..., Any]) -> tuple[str, str | None, str]:
     """Module, the file to load it from where it is no importable module, and the name of a function."""
     name, module_file = function.__module__, sys.modules[function.__module__].__file__
@@ -169,7 +175,7 @@ def _serve(connection: Connection) -> None:
             with _group(rank, world_size, store):
                 try:
                     function = _load(*whereabouts)  # first: the arguments may be of types that its module defines
-                    answer = pickle.dumps((function(*pickle.loads(arguments)), None, None))
+                    answer = pickle.dumps((function(*pickle.loads(arguments)), 0.0, None, None))
                 except BaseException as error:  # whatever a test raises in a rank belongs into the test
                     answer = _pickled_error(error)
                 connection.send_bytes(answer)  # before the group ends: that makes other ranks fail, and the first to fail is the cause
@@ -209,6 +215,7 @@ def _group(rank: int, world_size: int, store: str) -> Iterator[None]:
         world_size=world_size,
         timeout=datetime.timedelta(seconds=COLLECTIVE_SECONDS),
     )
+    dist.barrier()  # or a rank whose function is done at once would close its connections while others still make them
     try:
         yield
     finally:
@@ -223,12 +230,12 @@ def _group(rank: int, world_size: int, store: str) -> Iterator[None]:
 
 
 def _pickled_error(error: BaseException) -> bytes:
-    trace = traceback.format_exc()
+    now, trace = time.monotonic(), traceback.format_exc()  # a clock that all processes share
     try:
-        answer = pickle.dumps((None, error, trace))
+        answer = pickle.dumps((None, now, error, trace))
         pickle.loads(answer)  # an exception with arguments of its own is pickled without complaint and cannot be read
     except Exception:
-        return pickle.dumps((None, None, trace))
+        return pickle.dumps((None, now, None, trace))
     return answer
 
 

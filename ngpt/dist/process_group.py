@@ -60,13 +60,19 @@ def process_group(
         yield Collectives()
         return
     store = _store(ranks, timeout_seconds)
-    timeout = timedelta(seconds=timeout_seconds)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
     watch = None if ranks.world_size == 1 else Watch(dist.PrefixStore("watch", store.clone()), ranks, timeout_seconds=timeout_seconds)
-    collectives = Collectives()
+    backend = "nccl" if device.type == "cuda" else "gloo"
     at_end = False
     try:
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("group", store),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+        collectives = Collectives()
+        collectives.barrier(device)  # or a rank that fails at once would close its connections while others still make them
         yield collectives
         if watch is not None:
             collectives.barrier(device)
@@ -79,7 +85,7 @@ def process_group(
         if watch is not None:
             watch.close()
         # Early, for the others to notice: this breaks their connections. NCCL would wait for them; there it is the watch that tells them.
-        if backend == "gloo" or at_end:
+        if dist.is_initialized() and (backend == "gloo" or at_end):
             dist.destroy_process_group()
 
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
+from ngpt.dist.exit_codes import EXIT_PEER_LOST
 from ngpt.dist.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
-EXIT_PEER_LOST = 4
 _BEAT_SECONDS = 1.0
 _GRACE_SECONDS = 5.0  # in which a rank whose peer has failed may end by itself
 

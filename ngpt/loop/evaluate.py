@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ngpt.data.batch import Batch
+from ngpt.dist.collectives import Collectives
 from ngpt.engine.base import Engine
 
 
@@ -46,27 +48,32 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan
 
 
-def evaluate(engine: Engine, batches: Sequence[Batch], token_bytes: Tensor | None) -> EvalResult:
-    """Evaluate the model on `batches`.
+def evaluate(engine: Engine, batches: Sequence[Batch], token_bytes: Tensor | None, collectives: Collectives) -> EvalResult:
+    """Evaluate the model on the batches of all ranks.
 
     Args:
+        batches: this rank's, as many as any other's: engines may communicate in each of them, so none is left out, labels or not.
         token_bytes: (vocab,) UTF-8 bytes that each token stands for, or None.
 
     Raises:
-        ValueError: `batches` holds no label at all.
+        ValueError: there is no label at all.
     """
-    batches = [batch for batch in batches if batch.num_label_tokens]
-    if not batches:
-        raise ValueError("no held-out tokens to evaluate on: give data.val_files, or lower data.holdout_every")
     loss_sums = [engine.evaluate(batch.model_inputs()) for batch in batches]  # read once at the end: no synchronisation per batch
-    sums = [loss_sum.item() for loss_sum in loss_sums]
-    counts = [batch.num_label_tokens for batch in batches]
-    text_bytes = 0
-    if token_bytes is not None:
-        text_bytes = sum(int(token_bytes[batch.labels[batch.labels >= 0]].sum()) for batch in batches)
+    labelled = [(loss_sum.item(), batch) for loss_sum, batch in zip(loss_sums, batches, strict=True) if batch.num_label_tokens]
+    of_this_rank = [
+        sum(loss_sum for loss_sum, _ in labelled),
+        sum(loss_sum / batch.num_label_tokens for loss_sum, batch in labelled),
+        len(labelled),
+        sum(batch.num_label_tokens for _, batch in labelled),
+        0 if token_bytes is None else sum(int(token_bytes[batch.labels[batch.labels >= 0]].sum()) for _, batch in labelled),
+    ]
+    totals = collectives.sum_(torch.tensor(of_this_rank, dtype=torch.float64, device=engine.device)).tolist()
+    total_loss, total_of_means, num_batches, tokens, text_bytes = totals
+    if not tokens:
+        raise ValueError("no held-out tokens to evaluate on: give data.val_files, or lower data.holdout_every")
     return EvalResult(
-        loss=sum(sums) / sum(counts),
-        loss_galore_protocol=sum(total / count for total, count in zip(sums, counts, strict=True)) / (len(batches) + 1),
-        tokens=sum(counts),
-        text_bytes=text_bytes,
+        loss=total_loss / tokens,
+        loss_galore_protocol=total_of_means / (num_batches + 1),
+        tokens=int(tokens),
+        text_bytes=int(text_bytes),
     )

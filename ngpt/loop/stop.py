@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import torch
+
+from ngpt.dist.collectives import Collectives
+from ngpt.dist.exit_codes import EXIT_INTERRUPTED, EXIT_TRY_AGAIN
+
 logger = logging.getLogger(__name__)
 
-# 75 is EX_TEMPFAIL of sysexits.h ("try again later"), which schedulers are told to requeue; 130 is what shells report for Ctrl-C.
-EXIT_CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
+EXIT_CODES = {signal.SIGTERM: EXIT_TRY_AGAIN, signal.SIGUSR1: EXIT_TRY_AGAIN, signal.SIGINT: EXIT_INTERRUPTED}
 
 
 class StopRequest:
@@ -22,6 +26,18 @@ class StopRequest:
 
     def __call__(self) -> bool:
         return self.signal is not None
+
+    def agreed(self, collectives: Collectives, device: torch.device) -> bool:
+        """Whether any rank was asked; afterwards all know the signal. All ranks must ask together.
+
+        Launchers send signals to the ranks one after another, or to some of them only.
+        """
+        if collectives.size > 1:
+            number = int(collectives.max_(torch.tensor(self.signal or 0, device=device)))
+            if number and self.signal is None:
+                self.signal = signal.Signals(number)
+                logger.warning("%s on another rank: saving, then exiting", self.signal.name)
+        return self()
 
     @property
     def exit_code(self) -> int:

@@ -45,6 +45,7 @@ def train_loop(
     lr_multiplier: Callable[[int], float],
     max_nonfinite_steps: int,
     should_stop: Callable[[], bool],
+    sum_over_ranks: Callable[[int], int] = lambda own: own,
 ) -> Iterator[StepResult]:
     """Train from `progress.step` to `total_steps`, yielding after every update.
 
@@ -54,7 +55,8 @@ def train_loop(
         progress: updated in place before each yield, so that at a yield it and the batches' own state describe the same moment.
         lr_multiplier: factor on the learning rate for the update with this index, counted from 0.
         max_nonfinite_steps: skipped updates in a row after which the run stops.
-        should_stop: asked before every update; True ends the loop.
+        should_stop: asked before every update; True ends the loop. Must give all ranks the same answer.
+        sum_over_ranks: adds up a count of this rank with those of the others.
 
     Raises:
         TrainingDiverged: after the result of the last skipped update was yielded.
@@ -63,10 +65,10 @@ def train_loop(
         started = time.perf_counter()
         step_batches = list(islice(batches, micro_batches_per_step))
         data_ready = time.perf_counter()
-        update = train_step(engine, step_batches, lr_multiplier=lr_multiplier(progress.step))
+        step_tokens = sum_over_ranks(num_label_tokens(step_batches))
+        update = train_step(engine, step_batches, label_tokens=step_tokens, lr_multiplier=lr_multiplier(progress.step))
         step_seconds = time.perf_counter() - started
 
-        step_tokens = num_label_tokens(step_batches)
         complete = update.applied and not update.skipped_matrices
         progress.step += 1
         progress.tokens += step_tokens

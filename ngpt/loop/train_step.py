@@ -15,8 +15,8 @@ from ngpt.engine.base import Engine, UpdateOutcome
 class StepResult:
     """One update as the outside sees it.
 
-    `tokens` counts label tokens since the start of the run and `step_tokens` those of this step; `skipped_steps` the updates so far that
-    were left out, wholly or in part, because loss or gradient was not finite; times are seconds; `batches` were read in this step.
+    `tokens` counts label tokens since the start of the run and `step_tokens` those of this step, on all ranks; `skipped_steps` the updates
+    so far that were left out, wholly or in part, because loss or gradient was not finite; times are seconds; `batches` are this rank's.
     """
 
     step: int
@@ -29,13 +29,14 @@ class StepResult:
     batches: Sequence[Batch]
 
 
-def train_step(engine: Engine, batches: Sequence[Batch], *, lr_multiplier: float) -> UpdateOutcome:
-    """Run the micro-batches `batches` of one global batch and update once.
+def train_step(engine: Engine, batches: Sequence[Batch], *, label_tokens: int, lr_multiplier: float) -> UpdateOutcome:
+    """Run this rank's micro-batches `batches` of one global batch, which holds `label_tokens` on all ranks, and update once.
 
     The loss is the mean over all label tokens of the global batch, whatever its split: every micro-batch adds its *sum* of
-    token losses divided by the tokens of the whole, so 8 x 1 equals 1 x 8 with padding and masks too.
+    token losses divided by the tokens of the whole, so 8 x 1 equals 1 x 8 with padding and masks too. Losses and gradients are
+    summed over ranks, never averaged.
     """
-    loss_divisor = float(max(num_label_tokens(batches), 1))  # a batch without a single label has loss 0, not 0/0
+    loss_divisor = float(max(label_tokens, 1))  # a batch without a single label has loss 0, not 0/0
     loss_sum = torch.zeros((), dtype=torch.float32, device=engine.device)
     engine.begin_update(lr_multiplier=lr_multiplier, loss_divisor=loss_divisor, num_micro_batches=len(batches))
     for batch in batches:

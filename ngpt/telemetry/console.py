@@ -14,25 +14,25 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ngpt.telemetry.metrics import Record
 
 
-def configure_logging(run_folder: Path | None) -> None:
-    """Send log messages of INFO and above to standard output and, in `run_folder` (None: not), to `train.log`."""
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
-    if run_folder is not None:
-        handlers.append(logging.FileHandler(run_folder / "train.log", encoding="utf-8"))
-        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    handlers[0].setFormatter(logging.Formatter("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
+def configure_logging(run_folder: Path, *, rank: int = 0) -> None:
+    """Send messages of INFO and above to standard output and to `train.log`; of other ranks than 0, warnings to `train.rank-N.log`."""
+    file = run_folder / ("train.log" if rank == 0 else f"train.rank-{rank}.log")
+    handlers: list[logging.Handler] = [logging.FileHandler(file, encoding="utf-8", delay=rank > 0)]  # no file without a message
+    handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    if rank == 0:
+        handlers.append(logging.StreamHandler(sys.stdout))
+        handlers[1].setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, handlers=handlers, force=True)
     for chatty in ("datasets", "httpx", "huggingface_hub", "fsspec", "filelock", "matplotlib", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: every line would come twice
 
 
 @contextmanager
-def progress_bar(*, total_steps: int, done: int) -> Iterator[tqdm]:
-    """A bar below the log lines where standard output is a terminal; a bar that shows nothing anywhere else."""
-    bar = tqdm(
-        total=total_steps, initial=done, unit="step", dynamic_ncols=True, leave=False, file=sys.stdout, disable=not sys.stdout.isatty()
-    )
+def progress_bar(*, total_steps: int, done: int, shown: bool = True) -> Iterator[tqdm]:
+    """A bar below the log lines where it is to be `shown` and standard output is a terminal; a bar that shows nothing anywhere else."""
+    hidden = not (shown and sys.stdout.isatty())
+    bar = tqdm(total=total_steps, initial=done, unit="step", dynamic_ncols=True, leave=False, file=sys.stdout, disable=hidden)
     with bar:
         if bar.disable:
             yield bar

@@ -51,7 +51,13 @@ class StepMetrics:
         self._data_seconds.append(result.data_seconds)
 
     def record(
-        self, result: StepResult, *, state_bytes: Mapping[str, int], memory: Mapping[str, float], sources: Mapping[str, float]
+        self,
+        result: StepResult,
+        *,
+        state_bytes: Mapping[str, int],
+        memory: Mapping[str, float],
+        sources: Mapping[str, float],
+        communication: Mapping[str, int],
     ) -> Record:
         """The record of the step just added; starts the next interval.
 
@@ -59,6 +65,7 @@ class StepMetrics:
             state_bytes: `weights`, `optimizer_state` and the latter's parts, in bytes.
             memory: `allocated`, `peak_allocated`, `peak_reserved`, in bytes.
             sources: counters of the data pipeline.
+            communication: bytes that this rank sent to others since the last record, by what for; empty without others.
         """
         update = result.update
         steps, seconds = len(self._step_seconds), sum(self._step_seconds)
@@ -86,6 +93,9 @@ class StepMetrics:
         record |= {f"memory/optimizer_{name}_gib": count / GIB for name, count in parts.items()}
         record |= {f"memory/{name}_gib": count / GIB for name, count in memory.items()}
         record |= {f"data/{name}": count for name, count in sources.items()}
+        if communication:
+            record["comm/bytes_per_step"] = sum(communication.values()) / steps
+            record |= {f"comm/{name}_bytes_per_step": count / steps for name, count in communication.items()}
         self._tokens, self._step_seconds, self._data_seconds = 0, [], []
         return record
 

@@ -1,4 +1,4 @@
-"""Ranks come from the launcher's variables; generators are restored exactly."""
+"""A group begins only where it is needed; generators are restored exactly."""
 
 from __future__ import annotations
 
@@ -6,23 +6,11 @@ import random
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from ngpt.dist.process_group import Ranks, choose_device, random_state, ranks_from_environment, seed_everything, set_random_state
-
-
-def test_a_plain_process_is_the_only_one(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    assert ranks_from_environment() == Ranks(0, 1, 0)
-    assert ranks_from_environment().is_main
-
-
-def test_launchers_variables_are_read(monkeypatch):
-    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
-        monkeypatch.setenv(name, value)
-    assert ranks_from_environment() == Ranks(3, 4, 1)
-    assert not ranks_from_environment().is_main
+from ngpt.dist.process_group import choose_device, process_group, random_state, seed_everything, set_random_state
+from ngpt.dist.ranks import Ranks
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -43,3 +31,13 @@ def test_generators_continue_where_they_were_through_a_file(tmp_path):
     set_random_state(load_file(tmp_path / "random.safetensors"))
     assert torch.equal(torch.rand(4), expected[0])
     assert (random.gauss(), random.random()) == expected[1:]
+
+
+def test_a_process_alone_has_a_group_only_where_it_is_needed():
+    with process_group(Ranks(), torch.device("cpu"), timeout_seconds=5) as collectives:
+        assert collectives.size == 1
+        assert not dist.is_initialized()
+    with process_group(Ranks(), torch.device("cpu"), timeout_seconds=5, needed=True) as collectives:
+        assert collectives.size == 1
+        assert dist.is_initialized()
+    assert not dist.is_initialized()

@@ -20,12 +20,13 @@ def result(step=1, *, loss=2.0, grad_norm=0.5, step_seconds=0.5):
     return StepResult(step, 100 * step, 100, update, skipped_steps=0, step_seconds=step_seconds, data_seconds=0.1, batches=[])
 
 
-def record_of(metrics, step_result):
+def record_of(metrics, step_result, communication=None):
     return metrics.record(
         step_result,
         state_bytes={"weights": GIB, "optimizer_state": 3 * GIB, "moments": 2 * GIB, "basis": GIB},
         memory={"allocated": GIB, "peak_allocated": 2 * GIB, "peak_reserved": 3 * GIB},
         sources={"bad_documents": 4},
+        communication=communication or {},
     )
 
 
@@ -135,3 +136,13 @@ def test_the_progress_bar_shows_on_a_terminal_only(capsys, monkeypatch):
     with progress_bar(total_steps=3, done=1) as bar:
         bar.update()
     assert "1/3" in capsys.readouterr().out
+
+
+def test_bytes_on_the_wire_are_those_of_one_step(metrics):
+    metrics.add(result(1))
+    metrics.add(result(2))
+    record = record_of(metrics, result(2), {"updates": 300, "weights": 100})
+    assert record["comm/bytes_per_step"] == 200
+    assert record["comm/weights_bytes_per_step"] == 50
+    metrics.add(result(3))
+    assert not [name for name in record_of(metrics, result(3)) if name.startswith("comm/")]
