@@ -172,6 +172,9 @@ class _Partitioning(partition_parameters.Init):
 
     def __init__(self, config: dict[str, Any], dtype: torch.dtype, gathers: _Gathers) -> None:
         super().__init__(config_dict_or_path=config)
+        # Ranks compare these numbers, which count on over all engines of a process; its peers may have had fewer of them.
+        partition_parameters.Init.param_id = 0
+        DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
         self._weight_dtype = dtype
         self._gathers = gathers
 
