@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from ngpt.checkpoint.store import COMPLETE, CheckpointError, CheckpointStore, find_newest, open_checkpoint, read_state, step_of
+from ngpt.checkpoint.tensor_file import TensorFile
 from ngpt.dist.collectives import Collectives
 from ngpt.optim.state import StatePart
 
@@ -61,6 +62,10 @@ def test_what_was_saved_is_read_back(store):
     assert (folder / "note.txt").read_bytes() == b"hello"
     assert (folder.parent / "latest").read_text() == "step-0000007\n"
     assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "note.txt", COMPLETE])
+
+
+def test_the_weights_say_what_hugging_faces_reader_asks_for(store):
+    assert TensorFile(save(store, 1) / "model.safetensors").metadata == {"format": "pt"}
 
 
 def test_the_last_k_are_kept(store):
