@@ -122,7 +122,7 @@ CONTRACT = (
     Name("deepspeed.comm.comm", "init_distributed", ("dist_backend", "auto_mpi_discovery", "verbose")),
     Name("deepspeed.accelerator", "get_accelerator"),
     Name("deepspeed.utils.logging", "set_log_level_from_string", ("log_level_str",)),
-    Name("deepspeed.ops", "__compatible_ops__"),
+    Name("deepspeed.comm.torch", "build_shm_op", (), ("__compatible_ops__",)),
 )
 
 

@@ -359,5 +359,6 @@ def _start_deepspeed(device: torch.device) -> None:
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)  # its calls, not ours
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     # This operator serves inference; DeepSpeed would compile it for minutes, or wait for ever on the lock of a build that was killed.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # (To ask for the table itself would try out the C compiler on all operators, aloud.)
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

@@ -8,6 +8,9 @@ import gc
 import inspect
 import math
 import os
+import sys
+import tempfile
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
@@ -148,17 +151,19 @@ def run(
         return first, losses, whole_weights(engine)
 
 
-def run_all_stages(steps: int, options: dict[str, Any], training: dict[str, Any]) -> list[Any]:
+def run_stages(stages: tuple[int, ...], steps: int, options: dict[str, Any], training: dict[str, Any]) -> list[Any]:
     """One engine after another in one process."""
-    return [run(stage, steps, options, training) for stage in STAGES]
+    return [run(stage, steps, options, training) for stage in stages]
 
 
-def assert_equals_local(results: list[Any], steps: int, options: dict[str, Any], training: dict[str, Any], tolerance: float) -> None:
+def assert_equals_local(
+    results: list[Any], stages: tuple[int, ...], steps: int, options: dict[str, Any], training: dict[str, Any], tolerance: float
+) -> None:
     local = local_engine(**options)
     first = whole_weights(local)
     losses = train(local, range(steps), **training)
     last = whole_weights(local)
-    for stage, (zero_first, zero_losses, zero_last) in zip(STAGES, results, strict=True):
+    for stage, (zero_first, zero_losses, zero_last) in zip(stages, results, strict=True):
         assert list(zero_first) == list(first)
         for name, weight in first.items():
             assert torch.equal(zero_first[name], weight), f"stage {stage}: {name} is not drawn as on one process"
@@ -182,15 +187,15 @@ def assert_equals_local(results: list[Any], steps: int, options: dict[str, Any],
     ids=lambda value: "-".join(map(str, value.values())),
 )
 def test_every_stage_equals_the_local_engine(on_ranks, ranks, options, training):
-    results = on_ranks(ranks, run_all_stages, 3, options, training)[0]
-    assert_equals_local(results, 3, options, training, tolerance=2e-6)
+    results = on_ranks(ranks, run_stages, STAGES, 3, options, training)[0]
+    assert_equals_local(results, STAGES, 3, options, training, tolerance=2e-6)
 
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_bf16_weights_start_with_the_same_bits_and_stay_near(on_ranks, ranks):
     """Gradients are rounded to bf16 before they are summed over ranks, and weights at random: only the start is the same bit by bit."""
     options, training = {"optimizer": "adamw", "dtype": "bf16"}, {"micro_batches": 2}
-    results = on_ranks(ranks, run_all_stages, 2, options, training)[0]
+    results = on_ranks(ranks, run_stages, STAGES, 2, options, training)[0]
     assert all(weight.dtype == torch.bfloat16 for _, _, last in results for weight in last.values())
     local = local_engine(**options)
     first = whole_weights(local)
@@ -202,19 +207,19 @@ def test_bf16_weights_start_with_the_same_bits_and_stay_near(on_ranks, ranks):
 
 @pytest.mark.parametrize("options", [{"checkpoint_every": 1}, {"checkpoint_every": 2, "tied": False}, {"adapted": True, "tied": False}])
 def test_recomputed_blocks_and_frozen_weights_train_at_every_stage(on_ranks, options):
-    results = on_ranks(2, run_all_stages, 2, options, {})[0]
-    assert_equals_local(results, 2, options, {}, tolerance=2e-6)
+    results = on_ranks(2, run_stages, STAGES, 2, options, {})[0]
+    assert_equals_local(results, STAGES, 2, options, {}, tolerance=2e-6)
 
 
 @pytest.mark.slow
-def test_compiled_blocks_train_at_every_stage(on_ranks):
-    results = on_ranks(2, run_all_stages, 2, {"compiled": True}, {}, timeout=300)[0]
-    assert_equals_local(results, 2, {"compiled": True}, {}, tolerance=2e-6)
+def test_compiled_blocks_train_at_stages_1_and_3(on_ranks):
+    results = on_ranks(2, run_stages, (1, 3), 2, {"compiled": True}, {}, timeout=300)[0]
+    assert_equals_local(results, (1, 3), 2, {"compiled": True}, {}, tolerance=2e-6)
 
 
 def test_evaluation_between_and_inside_updates_changes_nothing(on_ranks):
-    plain = on_ranks(2, run_all_stages, 3, {}, {})[0]
-    evaluated = on_ranks(2, run_all_stages, 3, {}, {"evaluates": True})[0]
+    plain = on_ranks(2, run_stages, STAGES, 3, {}, {})[0]
+    evaluated = on_ranks(2, run_stages, STAGES, 3, {}, {"evaluates": True})[0]
     for (_, losses, last), (_, other_losses, other_last) in zip(plain, evaluated, strict=True):
         assert losses == other_losses
         assert all(torch.equal(last[name], weight) for name, weight in other_last.items())
@@ -416,14 +421,24 @@ def test_a_closed_engine_leaves_nothing_behind(on_ranks, stage):
 
 
 def chatter(stage: int) -> tuple[str, list[str]]:
-    """What an engine prints, and its warnings."""
-    import io
-    import warnings
+    """What an engine and the programs that it starts print, and its warnings."""
+    import deepspeed
 
-    out = io.StringIO()
-    with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        run(stage, 2, {}, {"evaluates": True})
-    return out.getvalue(), [str(warning.message) for warning in caught]
+    vars(deepspeed.ops).pop("__compatible_ops__", None)  # what an earlier engine of this process knows
+    sys.stdout.flush()
+    with tempfile.TemporaryFile() as out, warnings.catch_warnings(record=True) as caught:
+        before = [os.dup(descriptor) for descriptor in (1, 2)]
+        try:
+            for descriptor in (1, 2):
+                os.dup2(out.fileno(), descriptor)
+            run(stage, 2, {}, {"evaluates": True})
+            sys.stdout.flush()
+        finally:
+            for descriptor, old in zip((1, 2), before, strict=True):
+                os.dup2(old, descriptor)
+                os.close(old)
+        out.seek(0)
+        return out.read().decode(), [str(warning.message) for warning in caught]
 
 
 @pytest.mark.parametrize("stage", STAGES)
