@@ -8,6 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Since torch 2.13 they go by new names, and the old ones warn.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Collectives:
     """The ranks that share a model; with a single process every call answers with what it was given.
@@ -62,7 +66,7 @@ class Collectives:
         if self.size == 1:
             return Reduction(parts[0], None, parts)
         own = torch.empty_like(parts[0])
-        work = dist.reduce_scatter_tensor(own, parts.view(-1), group=self._group, async_op=True)
+        work = _reduce_scatter(own, parts.view(-1), group=self._group, async_op=True)
         self._count(parts.nbytes)
         return Reduction(own, work, parts)
 
@@ -79,7 +83,7 @@ class Collectives:
         if self.size == 1:
             return part[None]
         whole = part.new_empty(self.size, *part.shape)
-        dist.all_gather_into_tensor(whole.view(-1), part.contiguous().view(-1), group=self._group)
+        _all_gather(whole.view(-1), part.contiguous().view(-1), group=self._group)
         self._count(whole.nbytes)
         return whole
 

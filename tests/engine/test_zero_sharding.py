@@ -29,7 +29,7 @@ METHODS: dict[str, tuple[type[AdamW], dict[str, Any]]] = {
     "galore, momentum": (GaLore, {"moments": "momentum", "on_refresh": "rotate", "weight_decay": 0.1}),
     "fira": (GaLore, {"complement": "fira", "on_refresh": "rotate", "weight_decay": 0.1}),
     "natural, history": (NaturalGaLore, {"fisher": "history", "history": 4}),
-    "natural, two-sided": (NaturalGaLore, {"fisher": "two_sided", "history": 4}),
+    "natural, two-sided": (NaturalGaLore, {"fisher": "two_sided", "history": 4, "damping": 0.1}),
     "natural, factored": (NaturalGaLore, {"fisher": "factored"}),
     "natural, factored, fira": (NaturalGaLore, {"fisher": "factored", "complement": "fira"}),
     "natural, diagonal": (NaturalGaLore, {"fisher": "diagonal"}),
@@ -158,9 +158,9 @@ def train_sharded(
     for step in range(STEPS):
         updates.begin_update(micro_batches)
         total = torch.zeros(())
-        for rows in batch(step).chunk(ranks.size)[ranks.rank].chunk(micro_batches):
+        for rows in batch(step).chunk(micro_batches):  # a basis is found in the first micro-batch: that of all ranks together
             updates.begin_micro_batch()
-            loss = model(rows, skip=step == 4) / (ROWS * 5)
+            loss = model(rows.chunk(ranks.size)[ranks.rank], skip=step == 4) / (ROWS * 5)
             loss.backward()
             updates.end_micro_batch()
             total += loss.detach()
