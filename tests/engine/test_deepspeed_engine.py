@@ -277,8 +277,8 @@ def save_and_continue(stage: int, other_stage: int, dtype: str) -> tuple[bool, b
         if ranks.rank:
             saved[name] = torch.empty(dict(engine.weight_layout())[name][1], dtype=weight.dtype)
         ranks.broadcast_(saved[name])
-    with zero_engine(other_stage, dtype=dtype) as other:
-        train(other, range(1), **place)  # so that something is gathered, and something is to be replaced
+    with zero_engine(other_stage, dtype=dtype, options={}) as other:  # at stage 3 copies of these small weights stay gathered
+        train(other, range(1), **place)
         other.load_weights(saved.__getitem__, list(saved))
         after = whole_weights(other)
         same_bits = ranks.rank > 0 or all(torch.equal(after[name], weight) for name, weight in saved.items())
