@@ -1,0 +1,176 @@
+"""What ZeRO is said to cost is what it costs: bytes sent and bytes of state, measured on 1 to 4 ranks; and the targets for the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.optimizer_memory import RANKS
+from bench.presets import block_shapes, model_of
+from ngpt.dist.collectives import Collectives
+from ngpt.engine.zero_cost import (
+    Setup,
+    average_bytes_sent,
+    bytes_sent,
+    gradient_bytes,
+    memory_per_rank,
+    sharded_state_bytes,
+    state_bytes_on_rank,
+    textbook_adamw_bytes,
+)
+from ngpt.engine.zero_sharding import ShardedUpdates, ZeroSharding
+from ngpt.optim import AdaRankGrad, GaLore, NaturalGaLore, projection, state_bytes
+from ngpt.optim.state_cost import KINDS
+
+GAP, STEPS = 3, 4  # updates 0 and 3 refresh
+PLAIN = {"embed": (21, 12), "layers.0.norm": (12,), "layers.1.norm": (12,), "head": (21, 12)}
+PROJECTED = {f"layers.{number}.{name}": shape for number in range(2) for name, shape in (("up", (17, 12)), ("down", (12, 17)), ("sq", (12, 12)))}
+LAYERS = [["head"], *([f"layers.{number}.{name}" for name in ("norm", "up", "down", "sq")] for number in (1, 0)), ["embed"]]
+
+METHODS: dict[str, dict[str, Any] | None] = {
+    "adamw": None,
+    "galore": {"on_refresh": "keep"},
+    "galore, random": {"subspace": "random"},
+    "galore, two-sided": {"proj_type": "full"},
+    "galore, two-sided, randomized": {"proj_type": "full", "subspace": "randomized", "moments": "adafactor"},
+    "galore, adafactor": {"moments": "adafactor"},
+    "galore, momentum": {"moments": "momentum", "subspace": "randomized"},
+    "fira": {"complement": "fira"},
+    "fira, randomized, reset": {"complement": "fira", "subspace": "randomized", "on_refresh": "reset"},
+    "natural, history": {"fisher": "history", "history": 3, "subspace": "randomized"},
+    "natural, two-sided": {"fisher": "two_sided", "history": 3, "subspace": "randomized"},
+    "natural, factored": {"fisher": "factored", "subspace": "randomized"},
+    "natural, diagonal": {"fisher": "diagonal", "subspace": "randomized"},
+    "natural, diagonal, random": {"fisher": "diagonal", "subspace": "random"},
+    "natural, diagonal, full rank": {"fisher": "diagonal", "rank": "full"},
+    "natural, history, full rank": {"fisher": "history", "history": 3, "rank": "full"},
+    "adaptive rank": {"min_rank": 2, "energy": 1.0},  # so it keeps all of the rank
+}
+FEW = ["adamw", "galore", "galore, two-sided", "fira", "natural, history", "natural, factored", "natural, diagonal"]
+
+
+def settings_of(method: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of plain parameters, and of projected ones."""
+    own = METHODS[method]
+    projected = {"rank": 4, "update_proj_gap": GAP, "subspace": "svd", "on_refresh": "rotate", "stagger": False}
+    return dict(options), dict(options) if own is None else {**projected, **options, **own}
+
+
+def layers_of(method: str, options: Mapping[str, Any]) -> list[list[tuple[tuple[int, ...], dict[str, Any]]]]:
+    plain, projected = settings_of(method, options)
+    shapes = {**PLAIN, **PROJECTED}
+    return [[(shapes[name], projected if name in PROJECTED else plain) for name in layer] for layer in LAYERS]
+
+
+class Slices:
+    """Weights of which each rank has a flat slice."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], ranks: Collectives) -> None:
+        self._slices = {p: p.detach().reshape(-1).split(-(-p.numel() // ranks.size)) for p in parameters.values()}
+        self._rank = ranks.rank
+
+    def shape(self, p: Tensor) -> torch.Size:
+        return p.shape
+
+    def flat(self, p: Tensor) -> Tensor:
+        slices = self._slices[p]
+        return slices[self._rank] if self._rank < len(slices) else slices[0][:0]
+
+
+def measure(
+    method: str, stage: int, micro_batches: int, apply: str, dtype: torch.dtype, wire: torch.dtype | None, iterations: int, options: dict
+) -> dict[str, Any]:
+    """What each update of this rank has sent, its state, and gradients alive before the updates."""
+    ranks = Collectives()
+    torch.manual_seed(0)
+    shapes = {**PLAIN, **PROJECTED}
+    in_order = [name for layer in reversed(LAYERS) for name in layer]
+    parameters = {name: nn.Parameter(torch.randn(shapes[name]).to(dtype)) for name in in_order}
+    sharding = ZeroSharding(ranks, stage=stage, weights=Slices(parameters, ranks) if stage == 3 else None)
+    plain, projected = settings_of(method, options)
+    groups = [
+        {"params": [(name, parameters[name]) for name in parameters if name in PLAIN], **plain},
+        {"params": [(name, parameters[name]) for name in parameters if name in PROJECTED], **projected},
+    ]
+    kind = NaturalGaLore if "fisher" in projected else AdaRankGrad if "min_rank" in projected else GaLore
+    optimizer = kind(groups, sharding=sharding)
+    updates = ShardedUpdates(optimizer, parameters.values(), ranks, apply=apply, communication_dtype=wire)
+    noise = torch.Generator().manual_seed(ranks.rank)
+    settled, projection.SETTLED = projection.SETTLED, {1: 2.0, 3: -1.0}[iterations]  # always at once, or never
+    sent, live = [], []
+    try:
+        for _ in range(STEPS):
+            before = ranks.bytes_sent
+            updates.begin_update(micro_batches)
+            for _ in range(micro_batches):
+                updates.begin_micro_batch()
+                sum((p * torch.randn(p.shape, generator=noise).to(dtype)).sum() for p in parameters.values()).backward()
+                updates.end_micro_batch()
+            updates.scalars(torch.zeros(()))
+            live.append(updates.live_bytes())
+            updates.step()
+            sent.append(ranks.bytes_sent - before)
+    finally:
+        projection.SETTLED = settled
+    return {"sent": sent, "state": state_bytes(optimizer), "live": live}
+
+
+def check(on_ranks: Callable[..., Any], method: str, size: int, stages: list[int], **how: Any) -> None:
+    """Measured and expected are equal on every rank."""
+    micro_batches, apply = how.pop("micro_batches", 1), how.pop("apply", "deferred")
+    dtype, wire, iterations = how.pop("dtype", torch.float32), how.pop("wire", None), how.pop("iterations", 1)
+    layers = layers_of(method, how)
+    for stage in stages:
+        for rank, found in enumerate(on_ranks(size, measure, method, stage, micro_batches, apply, dtype, wire, iterations, how)):
+            setup = Setup(
+                stage,
+                size,
+                dtype,
+                rank=rank,
+                wire=wire,
+                micro_batches=micro_batches,
+                immediate=apply == "immediate",
+                iterations=iterations,
+            )
+            first = bytes_sent(layers, setup, refresh=True, rotates=False)["total"]
+            between, later = (bytes_sent(layers, setup, refresh=refresh)["total"] for refresh in (False, True))
+            assert found["sent"] == [first, between, between, later], f"stage {stage}, rank {rank}"
+            state = [state_bytes_on_rank(shape, settings, setup) for layer in layers for shape, settings in layer]
+            for kind in (*KINDS, "total"):
+                assert found["state"][kind] == sum(sizes[kind] for sizes in state), f"{kind} at stage {stage} on rank {rank}"
+            summed = Setup(**{**setup.__dict__, "micro_batches": 1}) if stage < 2 else setup
+            kept = 0 if setup.immediate else sum(gradient_bytes(layer, summed) for layer in layers)
+            assert found["live"] == [kept] * STEPS, f"gradients at stage {stage} on rank {rank}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_ranks_send_and_keep_what_the_formulas_say(on_ranks: Callable[..., Any], method: str) -> None:
+    check(on_ranks, method, 2, [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("method", FEW)
+def test_one_and_three_ranks_send_and_keep_what_the_formulas_say(on_ranks: Callable[..., Any], method: str) -> None:
+    check(on_ranks, method, 1, [1, 3])
+    check(on_ranks, method, 3, [0, 1, 3], micro_batches=2, iterations=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_four_ranks_send_and_keep_what_the_formulas_say(on_ranks: Callable[..., Any], method: str) -> None:
+    check(on_ranks, method, 4, [0, 1, 2, 3])
+    check(on_ranks, method, 4, [1, 2, 3], micro_batches=3, iterations=3)
+
+
+@pytest.mark.parametrize("method", FEW)
+def test_immediate_updates_in_bf16_send_and_keep_what_the_formulas_say(on_ranks: Callable[..., Any], method: str) -> None:
+    check(on_ranks, method, 2, [0, 1, 3], apply="immediate", dtype=torch.bfloat16, rounding="master")
+
+
+@pytest.mark.parametrize("method", FEW)
+def test_gradients_on_the_wire_may_have_another_dtype_and_moments_fewer_bits(on_ranks: Callable[..., Any], method: str) -> None:
+    check(on_ranks, method, 2, [1, 2], dtype=torch.bfloat16, wire=torch.float32, micro_batches=2, state_dtype="8bit")
+    check(on_ranks, method, 3, [2], dtype=torch.float32, wire=torch.bfloat16, micro_batches=2, state_dtype="bf16")
