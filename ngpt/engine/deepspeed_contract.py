@@ -36,7 +36,6 @@ CONTRACT = (
     Name(_ENGINE, "DeepSpeedEngine._configure_zero_optimizer", ("optimizer",)),
     Name(_ENGINE, "DeepSpeedEngine._do_optimizer_sanity_check", ("basic_optimizer",)),
     Name(_ENGINE, "DeepSpeedEngine.allreduce_gradients", ("bucket_size",)),
-    Name(_ENGINE, "DeepSpeedEngine._configure_python_gc"),
     Name(_ENGINE, "DeepSpeedEngine.backward", ("loss", "scale_wrt_gas"), ("_backward_epilogue",)),
     Name(_ENGINE, "DeepSpeedEngine._backward_epilogue", (), ("allreduce_gradients", "backward_epilogue", "exit_backward")),
     Name(_ENGINE, "DeepSpeedEngine.step", (), ("is_gradient_accumulation_boundary", "_take_model_step")),
@@ -62,11 +61,9 @@ CONTRACT = (
     ),
     # The optimizer's base: what it brings along, and what it reads of us.
     Name(_OPTIMIZER, "ZeROOptimizer.__init__"),
-    Name(_OPTIMIZER, "ZeROOptimizer.set_gradient_accumulation_boundary", ("is_boundary",)),
     *(
         Name(_OPTIMIZER, f"ZeROOptimizer.{method}")
         for method in (
-            "is_gradient_accumulation_boundary",
             "clear_backward_seen_flag",
             "backward_prologue",
             "backward_epilogue",
@@ -116,7 +113,7 @@ CONTRACT = (
         ("param",),
         ("ds_shape", "ds_numel", "ds_tensor", "ds_status", "all_gather", "all_gather_coalesced"),
     ),
-    Name(_PARTITION, "InsertPostInitMethodToModuleSubClasses._enable_mem_efficient_linear", (), ("linear_bk",)),
+    Name(_PARTITION, "InsertPostInitMethodToModuleSubClasses.__exit__"),
     # What surrounds the engine.
     Name("deepspeed.runtime.config", "DeepSpeedConfig.__init__", ("config",)),
     Name("deepspeed.comm.comm", "init_distributed", ("dist_backend", "auto_mpi_discovery", "verbose")),

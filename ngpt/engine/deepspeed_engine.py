@@ -3,6 +3,8 @@
 `ngpt.engine.deepspeed_contract` lists what this relies on; call its `check_deepspeed` before the first import of this module.
 """
 
+# DeepSpeed puts attributes on parameters and modules, and has few annotations.
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 from __future__ import annotations
 
 import contextlib
@@ -199,7 +201,6 @@ class _Engine(DeepSpeedEngine):
         super().__init__(
             args=None, model=model, optimizer=optimizer, config=config, config_class=DeepSpeedConfig(config), dont_change_device=True
         )
-        self._configure_python_gc()
 
     def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
         return ZERO_OPTIMIZATION  # at every stage and dtype: some combinations would silently get an optimizer of DeepSpeed's own

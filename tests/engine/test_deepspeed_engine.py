@@ -191,6 +191,12 @@ def test_every_stage_equals_the_local_engine(on_ranks, ranks, options, training)
     assert_equals_local(results, STAGES, 3, options, training, tolerance=2e-6)
 
 
+def test_ranks_among_which_no_weight_divides_evenly_equal_the_local_engine(on_ranks):
+    training = {"micro_batches": 1}
+    results = on_ranks(3, run_stages, (1, 3), 2, {"optimizer": "diagonal"}, training)[0]
+    assert_equals_local(results, (1, 3), 2, {"optimizer": "diagonal"}, training, tolerance=2e-6)
+
+
 @pytest.mark.parametrize("ranks", RANKS)
 def test_bf16_weights_start_with_the_same_bits_and_stay_near(on_ranks, ranks):
     """Gradients are rounded to bf16 before they are summed over ranks, and weights at random: only the start is the same bit by bit."""
