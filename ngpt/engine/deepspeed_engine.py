@@ -176,7 +176,7 @@ class _Partitioning(partition_parameters.Init):
         super().__init__(config_dict_or_path=config)
         # Ranks compare these numbers, which count on over all engines of a process; its peers may have had fewer of them.
         partition_parameters.Init.param_id = 0
-        DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+        DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0  # pyright: ignore[reportOptionalSubscript]
         self._weight_dtype = dtype
         self._gathers = gathers
 
