@@ -28,7 +28,9 @@ from ngpt.optim.state_cost import KINDS
 
 GAP, STEPS = 3, 4  # updates 0 and 3 refresh
 PLAIN = {"embed": (21, 12), "layers.0.norm": (12,), "layers.1.norm": (12,), "head": (21, 12)}
-PROJECTED = {f"layers.{number}.{name}": shape for number in range(2) for name, shape in (("up", (17, 12)), ("down", (12, 17)), ("sq", (12, 12)))}
+PROJECTED = {
+    f"layers.{number}.{name}": shape for number in range(2) for name, shape in (("up", (17, 12)), ("down", (12, 17)), ("sq", (12, 12)))
+}
 LAYERS = [["head"], *([f"layers.{number}.{name}" for name in ("norm", "up", "down", "sq")] for number in (1, 0)), ["embed"]]
 
 METHODS: dict[str, dict[str, Any] | None] = {
@@ -174,3 +176,88 @@ def test_immediate_updates_in_bf16_send_and_keep_what_the_formulas_say(on_ranks:
 def test_gradients_on_the_wire_may_have_another_dtype_and_moments_fewer_bits(on_ranks: Callable[..., Any], method: str) -> None:
     check(on_ranks, method, 2, [1, 2], dtype=torch.bfloat16, wire=torch.float32, micro_batches=2, state_dtype="8bit")
     check(on_ranks, method, 3, [2], dtype=torch.float32, wire=torch.bfloat16, micro_batches=2, state_dtype="bf16")
+
+
+# ------------------------------------------------------------------------------------------------------------------ targets
+THIN = {
+    "svd": {},
+    "randomized": {"subspace": "randomized"},
+    "history": {"fisher": "history", "history": 20, "subspace": "randomized"},
+    "two-sided": {"fisher": "two_sided", "history": 20, "subspace": "randomized"},
+    "adaptive rank": {"min_rank": 1},
+}
+
+
+def a_block(size: str, parts: Mapping[str, Any]) -> list[list[tuple[tuple[int, int], dict[str, Any]]]]:
+    """The projected matrices of one block at the benchmark's rank."""
+    return [[(shape, {"rank": RANKS[size], **parts}) for shape in block_shapes(model_of(size))]]
+
+
+@pytest.mark.parametrize("size", RANKS)
+@pytest.mark.parametrize("method", THIN)
+def test_subspace_methods_send_the_share_of_the_rank_of_what_adamw_sends(method: str, size: str) -> None:
+    block, share = a_block(size, THIN[method]), RANKS[size] / model_of(size).hidden_size
+    for stage in (0, 1, 2):
+        for ranks in (2, 3, 4, 8, 64):
+            setup = Setup(stage, ranks)
+            assert average_bytes_sent(block, setup)["total"] <= (share + 0.02) * textbook_adamw_bytes(block, setup), (stage, ranks)
+
+
+@pytest.mark.parametrize("size", RANKS)
+def test_full_space_methods_send_half_as_much_again_as_adamw(size: str) -> None:
+    """The whole gradient and the weights, as AdamW; and the change in fp32 from columns to slices, which is 1/N of the matrix."""
+    block = a_block(size, {"fisher": "diagonal", "subspace": "randomized"})
+    for ranks in (2, 8, 64):
+        setup = Setup(1, ranks)
+        assert average_bytes_sent(block, setup)["total"] <= (1.02 + 1 / ranks) * textbook_adamw_bytes(block, setup)
+
+
+def test_what_an_update_sends_is_split_by_purpose() -> None:
+    """A 24 x 40 matrix, rank 4, by hand: bytes that one of two ranks sends, fp32."""
+    layer = [[((24, 40), {"rank": 4, "subspace": "randomized", "fisher": "history", "history": 3, "update_proj_gap": 10})]]
+    setup = Setup(1, 2, torch.float32)
+    sums = 16 + 3 * 8  # loss and norm; inner products with the history
+    low = 4 * 40 * 4 // 2
+    expected = {"gradients": low + 4, "directions": low, "weights": 0, "exchange": 0, "sums": sums, "refresh": 0}
+    assert bytes_sent(layer, setup) == expected | {"total": sum(expected.values())}
+    search = 4 + 40 * 12 * 4 + 24 * 12 * 4 + 2 + 24 * 4 * 4 // 2  # the largest entry, Z, Y, whether to stop, the basis
+    refreshing = bytes_sent(layer, setup, refresh=True)
+    assert refreshing["refresh"] == search + 3 * 3 * 8
+    assert average_bytes_sent(layer, setup)["refresh"] == refreshing["refresh"] / 10
+    diagonal = [[((24, 40), {"rank": 4, "subspace": "randomized", "fisher": "diagonal"})]]
+    sent = bytes_sent(diagonal, setup)
+    assert (sent["gradients"], sent["weights"], sent["exchange"]) == (24 * 40 * 4 // 2 + 4, 24 * 40 * 4 // 2, 12 * 20 * 4)
+
+
+@pytest.mark.parametrize("size", RANKS)
+@pytest.mark.parametrize(
+    "parts", [{}, {"fisher": "history", "history": 4}, {"fisher": "factored"}, {"fisher": "diagonal"}, {"state_dtype": "8bit"}]
+)
+def test_state_that_is_divided_is_so_evenly(size: str, parts: dict[str, Any]) -> None:
+    for shape, settings in a_block(size, parts)[0]:
+        sharded = sharded_state_bytes(shape, settings, Setup(0, 1))
+        whole = state_bytes_on_rank(shape, settings, Setup(0, 1))
+        for ranks in (2, 3, 64, 1024):
+            first = state_bytes_on_rank(shape, settings, Setup(2, ranks))
+            share = first["total"] - (whole["total"] - sharded)
+            assert sharded <= share * ranks
+            assert share <= sharded / ranks + sharded / max(shape) + 2 * 4  # at most a column, and a scale of each moment, too many
+            assert first["basis"] == whole["basis"]
+
+
+def test_the_state_of_all_ranks_makes_the_whole() -> None:
+    for settings in ({}, {"rank": 4}, {"rank": 4, "moments": "adafactor", "rounding": "master"}, {"rank": 4, "fisher": "diagonal"}):
+        whole = state_bytes_on_rank((17, 12), settings, Setup(0, 1))["total"]
+        sharded = sharded_state_bytes((17, 12), settings, Setup(0, 1))
+        parts = [state_bytes_on_rank((17, 12), settings, Setup(1, 5, rank=rank))["total"] - (whole - sharded) for rank in range(5)]
+        assert sum(parts) == sharded
+
+
+def test_memory_falls_from_stage_to_stage() -> None:
+    layers = [[((64, 96), {"rank": 16})] * 2, [((96,), {})]]
+    by_stage = [memory_per_rank(layers, Setup(stage, 4, micro_batches=2)) for stage in range(4)]
+    assert all(sizes["total"] == sum(size for kind, size in sizes.items() if kind != "total") for sizes in by_stage)
+    assert by_stage[0]["optimizer state"] > by_stage[1]["optimizer state"] == by_stage[3]["optimizer state"]
+    assert by_stage[1]["gradients"] == 4 * by_stage[2]["gradients"]
+    assert by_stage[2]["weights"] == 4 * by_stage[3]["weights"]
+    assert memory_per_rank(layers, Setup(1, 4, immediate=True))["gradients"] == 0
