@@ -268,7 +268,7 @@ class Run:
             self.progress.step,
             self.total_steps,
         )
-        logger.info("train longer: %s", command_line(self._arguments_for_more()))
+        logger.info("train longer: %s", self._command(self._arguments_for_more()))
         return 0
 
     def record(self, result: StepResult) -> None:
@@ -397,9 +397,15 @@ class Run:
         newest = store.find_newest(self.store.folder)
         logger.info("metrics %s | picture %s | newest checkpoint %s", self.folder / "metrics.jsonl", picture, newest)
         if self.at_end:
-            logger.info("train longer: %s", command_line(self._arguments_for_more()))
+            logger.info("train longer: %s", self._command(self._arguments_for_more()))
         else:
-            logger.info("continue: %s", command_line(self.arguments))
+            logger.info("continue: %s", self._command(self.arguments))
+
+    def _command(self, arguments: list[str]) -> str:
+        """The command that starts this run with `arguments`, as a user would type it."""
+        if self.ranks.world_size == 1:
+            return command_line(arguments)
+        return f"(with the launcher of this run) {shlex.join(['-m', 'ngpt.train', *arguments])}"
 
     def _arguments_for_more(self) -> list[str]:
         """This run's arguments with twice its length."""

@@ -29,6 +29,7 @@ from ngpt.dist.exit_codes import EXIT_USER_ERROR
 from ngpt.dist.ranks import LaunchError, ranks_from_environment
 
 SECONDS_FOR_RANK_0 = 20
+SECONDS_FOR_SPEAKER = 5
 
 
 def train(config: RunConfig, arguments: list[str]) -> int:
@@ -88,9 +89,13 @@ def _run_job(composed: DictConfig, arguments: list[str], world_size: int) -> int
     try:
         code = train(config, arguments)
     except PeerLost as error:
-        code = _report(error, error.exit_code, speaks=error.speaks)
+        if error.speaks:
+            sys.stderr.write(f"\n{error}\n")
+        else:  # the first rank that ends makes launchers end all others: leave the one that speaks the time for it
+            time.sleep(SECONDS_FOR_SPEAKER)
         sys.stdout.flush()
-        os._exit(code)  # what is left of a broken process group may wait for the others for ever
+        sys.stderr.flush()
+        os._exit(error.exit_code)  # what is left of a broken process group may wait for the others for ever
     except Exception as error:
         code = exit_code_of(error)
         if code == 1:
@@ -101,12 +106,10 @@ def _run_job(composed: DictConfig, arguments: list[str], world_size: int) -> int
     return code
 
 
-def _report(error: Exception, exit_code: int, *, speaks: bool | None = None) -> int:
-    """Say what is wrong, once: as a rule all ranks know the same, and rank 0, or the one that `speaks`, tells it for all."""
-    if speaks is None:
-        speaks = os.environ.get("RANK", "0") == "0"
-    if not speaks:
-        # A launcher ends all ranks as soon as the first one ends: leave the other one the time to speak. Its end ends this wait.
+def _report(error: Exception, exit_code: int) -> int:
+    """Say what is wrong, once: as a rule every rank has made the same mistake, and rank 0 speaks for all."""
+    if os.environ.get("RANK", "0") != "0":
+        # A launcher ends all ranks as soon as the first one ends: leave rank 0 the time to speak. Its end ends this wait.
         time.sleep(SECONDS_FOR_RANK_0)
     sys.stderr.write(f"\n{error}\n")
     sys.stderr.flush()

@@ -322,6 +322,18 @@ def run_name_in_sweep(name: str, argv: Sequence[str]) -> str:
     return sweep_name(name, list(HydraConfig.get().overrides.task), argv)
 
 
+def jobs_of_sweep(argv: Sequence[str]) -> list[list[str]]:
+    """The command lines of all jobs of a sweep: of settings in `argv` with several values, every combination, as with `-m`."""
+    overrides = {override.input_line: override for override in _parse(argv) if override.is_sweep_override()}
+    values = [
+        [f"{overrides[argument].key_or_group}={value}" for value in overrides[argument].sweep_string_iterator()]
+        if argument in overrides
+        else [argument]
+        for argument in argv
+    ]
+    return [list(job) for job in itertools.product(*values)]
+
+
 def sweep_name(name: str, job_overrides: Sequence[str], argv: Sequence[str], *, longest: int = 120) -> str:
     """`name` followed by those of `job_overrides` that are not in `argv`; a hash stands for what does not fit a folder's name."""
     constant = {(override.key_or_group, str(override.value())) for override in _parse(argv) if not override.is_sweep_override()}

@@ -38,8 +38,8 @@ def check_replicas(tensors: Iterable[tuple[str, Tensor]], collectives: Collectiv
         if others:
             raise ReplicasDiffer(
                 f"step {step}: {name} on rank{'s' * (len(others) > 1)} {', '.join(others)} differs from the other ranks', and all should "
-                "hold the same bits; a bit of memory may have flipped, or the ranks run different code. Start again: the run continues from its "
-                "last checkpoint"
+                "hold the same bits; a bit of memory may have flipped, or the ranks run different code. Start again: the run continues "
+                "from its last checkpoint"
             )
 
 

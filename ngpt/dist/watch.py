@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+import psutil
 import torch.distributed as dist
 
 from ngpt.dist.exit_codes import EXIT_PEER_LOST
@@ -64,7 +66,7 @@ class Watch:
         self._beats = 0
         self._watched = range(1, ranks.world_size) if ranks.is_main else range(1) if ranks.rank == 1 else range(0)
         self._seen: dict[int, tuple[bytes, float]] = {}
-        self._parent = os.getppid()
+        self._launcher = _launcher()
         self._stop = threading.Event()
         self._beat()  # so that a rank that never comes this far is not confused with one that fell silent
         self._thread = threading.Thread(target=self._run, name="ngpt-watch", daemon=True)
@@ -106,8 +108,8 @@ class Watch:
     def _run(self) -> None:
         failed_at: float | None = None
         while not self._stop.wait(self._beat_seconds):
-            if os.getppid() != self._parent:
-                self._parent = os.getppid()
+            if (launcher := _launcher()) != self._launcher:
+                self._launcher = launcher
                 logger.warning("rank %d: the launcher has died", self._ranks.rank)
                 signal.raise_signal(signal.SIGTERM)
             try:
@@ -156,6 +158,16 @@ class Watch:
             return None
         speaker, exit_code, text = self._store.get("failure").decode().split(" ", 2)
         return PeerLost(text, speaks=int(speaker) == self._ranks.rank, exit_code=int(exit_code))
+
+
+def _launcher() -> tuple[int, ...]:
+    """Processes whose end is the launch's: the parent, and of DeepSpeed's, which outlives the command that a user stops, the parent too."""
+    parent = os.getppid()
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(parent)
+        if "deepspeed.launcher.launch" in process.cmdline():
+            return parent, process.ppid()
+    return (parent,)
 
 
 def is_collective_failure(error: BaseException) -> bool:

@@ -32,12 +32,13 @@ class StopRequest:
 
         Launchers send signals to the ranks one after another, or to some of them only.
         """
-        if collectives.size > 1:
-            number = int(collectives.max_(torch.tensor(self.signal or 0, device=device)))
-            if number and self.signal is None:
-                self.signal = signal.Signals(number)
-                logger.warning("%s on another rank: saving, then exiting", self.signal.name)
-        return self()
+        if collectives.size == 1:
+            return self()
+        number = int(collectives.max_(torch.tensor(self.signal or 0, device=device)))
+        if number and self.signal is None:
+            self.signal = signal.Signals(number)
+            logger.warning("%s on another rank: saving, then exiting", self.signal.name)
+        return number > 0  # and not what a signal may have changed here since: all ranks stop after the same step
 
     @property
     def exit_code(self) -> int:
