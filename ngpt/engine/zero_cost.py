@@ -346,19 +346,18 @@ def sharded_state_bytes(shape: Shape, settings: Mapping[str, Any], setup: Setup)
 
 
 def memory_per_rank(layers: Layers, setup: Setup) -> dict[str, int]:
-    """Bytes on one rank by kind, with their total: weights, optimizer state, summed gradients kept for the update, and the peak of what is
-    alive of one layer while its gradients come and are summed. Activations, gathered weights of stage 3 and libraries are left out.
+    """Bytes on one rank by kind, with their total: weights, optimizer state, gradients kept for the update after they were summed, and
+    `buffers`: the largest full gradient and what is on its way between ranks. Not counted: activations, weights that stage 3 has
+    gathered, the full gradients of one layer that a refresh keeps for a moment, libraries.
     """
-    item, weights, kept = setup.dtype.itemsize, 0, 0
-    state: Counter[str] = Counter()
-    for layer in layers:
-        for shape, settings in layer:
-            weights += item * (setup.share(prod(shape)) if setup.stage == 3 else prod(shape))
-            state.update(state_bytes_on_rank(shape, settings, setup))
-        kept += gradient_bytes(layer, setup)
-    total_state = state.pop("total")
-    in_flight = max(_peak_of_layer(layer, setup) for layer in layers)
-    sizes = {"weights": weights, "optimizer state": total_state, "gradients": 0 if setup.immediate else kept, "one layer": in_flight}
+    parameters = [parameter for layer in layers for parameter in layer]
+    numels = [prod(shape) for shape, _ in parameters]
+    sizes = {
+        "weights": setup.dtype.itemsize * sum(setup.share(numel) if setup.stage == 3 else numel for numel in numels),
+        "state": sum(state_bytes_on_rank(shape, settings, setup)["total"] for shape, settings in parameters),
+        "gradients": 0 if setup.immediate else sum(gradient_bytes(layer, setup) for layer in layers),
+        "buffers": setup.dtype.itemsize * max(numels) + buffer_bytes(layers, setup),
+    }
     return sizes | {"total": sum(sizes.values())}
 
 
@@ -374,8 +373,17 @@ def gradient_bytes(layer: Sequence[tuple[Shape, Mapping[str, Any]]], setup: Setu
     return own * dtype.itemsize
 
 
-def _peak_of_layer(layer: Sequence[tuple[Shape, Mapping[str, Any]]], setup: Setup) -> int:
-    """The largest full gradient of the layer, and what is on its way from it to all ranks."""
-    largest = max(prod(shape) for shape, _ in layer) * setup.dtype.itemsize
-    sent = (sum(_part_on_wire(shape, settings, setup) for shape, settings in layer) + len(layer)) * setup.parts
-    return largest + sent * setup.on_wire.itemsize
+def buffer_bytes(layers: Layers, setup: Setup) -> int:
+    """The most bytes of gradients of all ranks together that wait on a rank for their sum.
+
+    Immediate updates have one layer in flight. Deferred ones wait for thin layers at the end of backward, for one whose full gradients
+    are summed before the next such layer comes. Where all of the sum stays on every rank it needs no buffer of its own.
+    """
+    if setup.parts == 1:
+        return 0
+    full, thin = [0], []
+    for layer in layers:
+        part = sum(_part_on_wire(shape, settings, setup) for shape, settings in layer) + len(layer)
+        keeps_matrices = any(len(shape) > 1 and keeps_full_gradient(settings) for shape, settings in layer)
+        (full if keeps_matrices else thin).append(setup.parts * part * setup.on_wire.itemsize)
+    return max(full + thin) if setup.immediate else max(full) + sum(thin)

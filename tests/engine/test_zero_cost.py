@@ -15,8 +15,10 @@ from ngpt.dist.collectives import Collectives
 from ngpt.engine.zero_cost import (
     Setup,
     average_bytes_sent,
+    buffer_bytes,
     bytes_sent,
     gradient_bytes,
+    keeps_full_gradient,
     memory_per_rank,
     sharded_state_bytes,
     state_bytes_on_rank,
@@ -103,22 +105,23 @@ def measure(
     updates = ShardedUpdates(optimizer, parameters.values(), ranks, apply=apply, communication_dtype=wire)
     noise = torch.Generator().manual_seed(ranks.rank)
     settled, projection.SETTLED = projection.SETTLED, {1: 2.0, 3: -1.0}[iterations]  # always at once, or never
-    sent, live = [], []
+    sent, live, waiting = [], [], []
     try:
         for _ in range(STEPS):
             before = ranks.bytes_sent
             updates.begin_update(micro_batches)
             for _ in range(micro_batches):
                 updates.begin_micro_batch()
-                sum((p * torch.randn(p.shape, generator=noise).to(dtype)).sum() for p in parameters.values()).backward()
+                torch.stack([(p * torch.randn(p.shape, generator=noise).to(dtype)).sum() for p in parameters.values()]).sum().backward()
                 updates.end_micro_batch()
+            waiting.append(updates.live_bytes())
             updates.scalars(torch.zeros(()))
             live.append(updates.live_bytes())
             updates.step()
             sent.append(ranks.bytes_sent - before)
     finally:
         projection.SETTLED = settled
-    return {"sent": sent, "state": state_bytes(optimizer), "live": live}
+    return {"sent": sent, "state": state_bytes(optimizer), "live": live, "waiting": waiting}
 
 
 def check(on_ranks: Callable[..., Any], method: str, size: int, stages: list[int], **how: Any) -> None:
@@ -147,6 +150,11 @@ def check(on_ranks: Callable[..., Any], method: str, size: int, stages: list[int
             summed = Setup(**{**setup.__dict__, "micro_batches": 1}) if stage < 2 else setup
             kept = 0 if setup.immediate else sum(gradient_bytes(layer, summed) for layer in layers)
             assert found["live"] == [kept] * STEPS, f"gradients at stage {stage} on rank {rank}"
+            if micro_batches == 1 and not setup.immediate:
+                of_matrices = buffer_bytes([layer for layer in layers if any("rank" in settings for _, settings in layer)], setup)
+                last = buffer_bytes(layers[-1:], setup)
+                expected = kept + last + (0 if keeps_full_gradient(layers[1][1][1]) else of_matrices)
+                assert found["waiting"] == [expected] * STEPS, f"buffers at stage {stage} on rank {rank}"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -257,7 +265,7 @@ def test_memory_falls_from_stage_to_stage() -> None:
     layers = [[((64, 96), {"rank": 16})] * 2, [((96,), {})]]
     by_stage = [memory_per_rank(layers, Setup(stage, 4, micro_batches=2)) for stage in range(4)]
     assert all(sizes["total"] == sum(size for kind, size in sizes.items() if kind != "total") for sizes in by_stage)
-    assert by_stage[0]["optimizer state"] > by_stage[1]["optimizer state"] == by_stage[3]["optimizer state"]
+    assert by_stage[0]["state"] > by_stage[1]["state"] == by_stage[3]["state"]
     assert by_stage[1]["gradients"] == 4 * by_stage[2]["gradients"]
     assert by_stage[2]["weights"] == 4 * by_stage[3]["weights"]
     assert memory_per_rank(layers, Setup(1, 4, immediate=True))["gradients"] == 0
