@@ -102,6 +102,8 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.wandb.close(exit_code=self.exit_code if kind is None else 1)
+        if kind is None:  # after an error an engine could wait for ranks that are gone
+            self.engine.close()
         self._resources.__exit__(kind, error, trace)
 
     # ------------------------------------------------------------------------------------------------------- assembly
