@@ -21,7 +21,7 @@ from ngpt.config.optimizers import (
     OptimizerConfig,
     ReLoRAConfig,
 )
-from ngpt.config.problems import ConfigError, problem
+from ngpt.config.problems import ConfigError
 from ngpt.config.schema import (
     ConstantSchedulerConfig,
     CosineSchedulerConfig,
@@ -136,9 +136,6 @@ def _build_zero_engine(
         accumulation_steps=trainer.global_batch_size // (trainer.micro_batch_size * world_size),
         world_size=world_size,
     )
-    if engine.offload_optimizer and shared["device"].type != "cpu":
-        rule = "optimizer state is kept on the device that computes"
-        raise ConfigError([problem("engine.offload_optimizer", True, rule, "set engine.offload_optimizer=false")])
     # DeepSpeed is imported here, as runs on one process need none of it. It settles on a kind of device while it is imported.
     os.environ.setdefault("DS_ACCELERATOR", shared["device"].type)
     try:
@@ -152,6 +149,7 @@ def _build_zero_engine(
         options,
         **shared,
         zero_stage=engine.zero_stage,
+        offload_optimizer=engine.offload_optimizer,
         communication_dtype={"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[engine.communication_dtype],
     )
 

@@ -45,6 +45,7 @@ class ZeroEngine(UpdateCycle):
         apply: `whole`, `deferred` or `immediate`, as `optimizer.apply`. Here `whole` is `deferred`: no rank needs whole gradients.
         grad_clip: largest global gradient norm; 0 for none.
         communication_dtype: of gradients between ranks (None: that of the weights).
+        offload_optimizer: moments, history and master copies are in the CPU's memory and updated there.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class ZeroEngine(UpdateCycle):
         apply: str,
         grad_clip: float,
         communication_dtype: torch.dtype | None = None,
+        offload_optimizer: bool = False,
     ) -> None:
         _start_deepspeed(device)
         self._ranks = Collectives()
@@ -69,7 +71,7 @@ class ZeroEngine(UpdateCycle):
         else:
             model = build_model().to(device=device, dtype=dtype)
         weights = _PartitionedWeights(self._ranks) if zero_stage == 3 else None
-        self._sharding = ZeroSharding(self._ranks, stage=zero_stage, weights=weights)
+        self._sharding = ZeroSharding(self._ranks, stage=zero_stage, weights=weights, offload=offload_optimizer)
         optimizer = build_optimizer(model, self._sharding)
         mode = "deferred" if apply == "whole" else apply
         updates = ShardedUpdates(optimizer, model.parameters(), self._ranks, apply=mode, communication_dtype=communication_dtype)

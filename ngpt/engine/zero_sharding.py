@@ -42,16 +42,25 @@ class Weights(Protocol):
 class ZeroSharding(Sharding):
     """Which part of parameters and state a rank has at a stage; to be given to the optimizer's constructor.
 
-    `weights` must be given at stage 3 and at no other.
+    `weights` must be given at stage 3 and at no other. With `offload` the large parts of the optimizer state are in the CPU's memory, and
+    what is made of them is computed there.
     """
 
-    def __init__(self, ranks: Collectives, *, stage: int, weights: Weights | None = None) -> None:
+    def __init__(self, ranks: Collectives, *, stage: int, weights: Weights | None = None, offload: bool = False) -> None:
         assert (stage == 3) == (weights is not None)
         self.parts = 1 if stage == 0 else ranks.size
         self.index = 0 if stage == 0 else ranks.rank
         self.stage = stage
         self.keeps_weights_whole = weights is None
         self._weights = weights
+        self._offload = offload
+
+    @property
+    def is_split(self) -> bool:
+        return super().is_split or self._offload  # what is computed elsewhere comes back as a flat slice
+
+    def state_device(self, p: Tensor) -> torch.device:
+        return torch.device("cpu") if self._offload else p.device
 
     def shape(self, p: Tensor) -> torch.Size:
         return p.shape if self._weights is None else self._weights.shape(p)

@@ -131,13 +131,13 @@ class AdamW(torch.optim.Optimizer):
     def _allocate(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state = {"step": torch.zeros((), dtype=torch.int64)}
         for key in ("exp_avg", "exp_avg_sq"):
-            state |= allocate(key, self._own_weight(p).shape, group["state_dtype"], p)
+            state |= allocate(key, self._own_weight(p).shape, group["state_dtype"], p, self.sharding.state_device(p))
         return state | self._allocate_master(p, group)
 
     def _allocate_master(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         if group["rounding"] != "master" or p.dtype == compute_dtype(p):
             return {}
-        return {"master": self._own_weight(p).to(torch.float32, copy=True)}
+        return {"master": self._own_weight(p).to(self.sharding.state_device(p), torch.float32, copy=True)}
 
     def state_parts(self) -> dict[str, StatePart]:
         """Every tensor of the state, or the part of it that is here, by "parameter name/key": live, for checkpoints to read and fill.
@@ -324,8 +324,9 @@ class AdamW(torch.optim.Optimizer):
         for target, grad_piece, working_piece, first, second in zip(*pieces, *moments, strict=True):
             written = [target, *([working_piece] if "master" in state else []), *first.tensors(), *second.tensors()]
             with unchanged_unless(finite, written):
-                m, v, weight = first.read(), second.read(), working_piece.to(compute_dtype(p))
-                adam.adamw_([weight], [grad_piece.to(m.dtype)], [m], [v], [int(state["step"])], **_adamw_settings(group))
+                m, v = first.read(), second.read()
+                weight = working_piece.to(m.device, compute_dtype(p))
+                adam.adamw_([weight], [grad_piece.to(m)], [m], [v], [int(state["step"])], **_adamw_settings(group))
                 first.write_(m, moment_rounding)
                 second.write_(v, moment_rounding)
                 store_weight_(target, weight, rounding)
@@ -347,7 +348,8 @@ class AdamW(torch.optim.Optimizer):
         slot = self.slot(p)
         if slot.group["state_dtype"] == "fp32":
             return None
-        return generator_for(p.device, slot.group["seed"], stream, slot.index, int(self.state[p]["step"]), *self._shard_number())
+        device, step = self.state[p]["exp_avg"].device, int(self.state[p]["step"])
+        return generator_for(device, slot.group["seed"], stream, slot.index, step, *self._shard_number())
 
     def _rounding_generator(self, p: Tensor, *, whole: bool = False) -> torch.Generator | None:
         """Source of the random bits of this update's rounding, or None where new weights are rounded to nearest (or not at all).
@@ -374,17 +376,17 @@ def unchanged_unless(finite: Tensor | None, tensors: list[Tensor]) -> Iterator[N
     before = [tensor.clone() for tensor in tensors]
     yield
     for tensor, old in zip(tensors, before, strict=True):
-        tensor.copy_(torch.where(finite, tensor, old))
+        tensor.copy_(torch.where(finite.to(tensor.device), tensor, old))
 
 
 def store_weight_(stored: Tensor, weight: Tensor, generator: torch.Generator | None) -> None:
     """Round an updated working weight into the parameter: stochastically if there is a generator."""
-    if stored.dtype == weight.dtype:  # then it is the working weight
+    if (stored.dtype, stored.device) == (weight.dtype, weight.device):  # then it is the working weight
         return
     if generator is None:
         stored.copy_(weight)
     else:
-        stochastic_round_(stored, weight, generator)
+        stochastic_round_(stored, weight.to(stored.device), generator)
 
 
 def _adamw_settings(group: dict[str, Any]) -> dict[str, Any]:

@@ -132,7 +132,7 @@ class LowRankAdamW(AdamW):
         if self._is_plain(group):
             return super()._allocate(p, group)
         (short, long), rank = sorted(self.sharding.shape(p)), self._largest_rank(p, group)
-        own = self._own_columns(p, group)
+        own, there = self._own_columns(p, group), self.sharding.state_device(p)
         state = {key: torch.zeros((), dtype=torch.int64) for key in ("step", "refreshes", "cleared_at")}
         if group["rank"] != "full":
             state["basis"] = zeros([short, rank], p.dtype, p.device)
@@ -142,10 +142,10 @@ class LowRankAdamW(AdamW):
             state["rank"] = torch.tensor(rank, dtype=torch.int64)
             for key in ("low_norm", "low_norm_at_refresh"):
                 state[key] = zeros([], compute_dtype(p), p.device)
-        state |= moments.allocate_moments(group["moments"], torch.Size((rank, own)), group["state_dtype"], p)
+        state |= moments.allocate_moments(group["moments"], torch.Size((rank, own)), group["state_dtype"], p, there)
         match group["fisher"]:
             case "history" | "two_sided":
-                state["history"] = zeros([group["history"], rank * own], p.dtype, p.device)
+                state["history"] = zeros([group["history"], rank * own], p.dtype, there)
                 state["gram"] = zeros([group["history"], group["history"]], torch.float64, p.device)
             case "factored":
                 state |= factored_fisher.allocate_factor(rank, p)
@@ -190,7 +190,7 @@ class LowRankAdamW(AdamW):
             return StatePart(values, whole, start, own, scales, SIGNED[key])
         if key == "history":
             rank = self._largest_rank(p, group)
-            return StatePart(values.view(-1, rank, own), torch.Size((len(values), rank, width)), start, own)
+            return StatePart(values.view(len(values), rank, own), torch.Size((len(values), rank, width)), start, own)
         if key in ("long_mean_sq", "exp_avg_sq_col"):
             return StatePart(values, torch.Size((width,)), start, own)
         return StatePart(values, values.shape, 0, values.shape[-1])
@@ -356,26 +356,29 @@ class LowRankAdamW(AdamW):
         values = moments.read_moments(group["moments"], state, shape)
         if len(changes) > 1:  # columns are mixed too
             for key in sorted(values.keys() - {"exp_avg_sq_row"}):
-                values[key] = yield Columns(values[key], self._width(p, group))
-        rotated = moments.rotated_moments(values, changes, group["betas"], _moment_age(state))
+                values[key] = (yield Columns(values[key].to(p.device), self._width(p, group))).to(values[key].device)
+        changes_there = tuple(change_rr.to(values["exp_avg"].device) for change_rr in changes)
+        rotated = moments.rotated_moments(values, changes_there, group["betas"], _moment_age(state))
         if len(changes) > 1:
             rotated = {key: value if key == "exp_avg_sq_row" else self._own_part(value) for key, value in rotated.items()}
         moments.replace_moments_(state, rotated, self._moment_generator(p, ROTATION_STREAM))
         if "history" in state:
-            yield from self._rotate_history(state, changes, self._width(p, group))
+            yield from self._rotate_history(p, changes_there)
         if "fisher_factor" in state:
             factored_fisher.rotate_factor_(state, changes[0])
             self._find_root(state, group, changes[0].shape[0])
 
-    def _rotate_history(self, state: dict[str, Tensor], changes: tuple[Tensor, ...], width: int) -> Asking[None]:
+    def _rotate_history(self, p: Tensor, changes: tuple[Tensor, ...]) -> Asking[None]:
         """h <- C h, or C h C_long' if both sides are projected, and the Gram matrix anew."""
+        history, gram = self.state[p]["history"], self.state[p]["gram"]
         if len(changes) == 1:
-            rotation.rotate_history_(changes[0], state["history"])
+            rotation.rotate_history_(changes[0], history)
         else:
-            for row_k in state["history"]:
-                row_rr = yield Columns(row_k.view(changes[0].shape[1], -1), width)
-                row_k.copy_(self._own_part(changes[0] @ row_rr.to(changes[0].dtype) @ changes[1].mT).reshape(-1))
-        state["gram"].copy_((yield Sum(natural_gradient.gram_matrix(state["history"]))))
+            for row_k in history:
+                columns = row_k.to(p.device).view(changes[0].shape[1], -1)
+                row_rr = (yield Columns(columns, self._width(p, self.slot(p).group))).to(changes[0])
+                row_k.copy_(self._own_part(changes[0] @ row_rr @ changes[1].mT).reshape(-1))
+        gram.copy_((yield Sum(natural_gradient.gram_matrix(history).to(gram.device))))
 
     def _own_part(self, whole: Tensor) -> Tensor:
         """The columns that are here."""
@@ -416,8 +419,10 @@ class LowRankAdamW(AdamW):
         low = reduced if grad_ab is None else self.project(p, grad_ab)
         natural = yield from self._precondition(p, low)  # counts the update
         rounding = self._moment_generator(p, MOMENT_STREAM)
-        row_means = (yield Sum(moments.row_means(natural, self._width(p, group)))) if group["moments"] == "adafactor" else None
-        direction = moments.direction(group["moments"], state, natural, group["betas"], group["eps"], rounding, row_means)
+        natural, row_means = natural.to(state["exp_avg"].device), None
+        if group["moments"] == "adafactor":
+            row_means = (yield Sum(moments.row_means(natural, self._width(p, group)).to(p.device))).to(natural.device)
+        direction = moments.direction(group["moments"], state, natural, group["betas"], group["eps"], rounding, row_means).to(p.device)
         correction = moments.step_factor(group["moments"], group["betas"], _moment_age(state))
         factor = -group["scale"] * float(group["lr"])
         if "low_norm" in state:
@@ -443,7 +448,7 @@ class LowRankAdamW(AdamW):
         group, own = self.slot(p).group, self._own_weight(p)
         with unchanged_unless(finite, [own, *([self.state[p]["master"]] if "master" in self.state[p] else [])]):
             weight = self._working_copy(p, own)
-            weight.add_(change, alpha=factor)
+            weight.add_(change.to(weight.device), alpha=factor)
             if group["weight_decay"] != 0:
                 weight.mul_(1 - float(group["lr"]) * group["weight_decay"])
             store_weight_(own, weight, self._rounding_generator(p))
@@ -456,8 +461,9 @@ class LowRankAdamW(AdamW):
             case "history" | "two_sided":
                 history, gram = state["history"], state["gram"]
                 position = (int(state["step"]) - 1) % group["history"]
-                products_s = yield Sum(natural_gradient.remember_(history, low.reshape(-1), position))
-                natural_gradient.enter_row_(gram, products_s, position)
+                products_s = natural_gradient.remember_(history, low.to(history.device).reshape(-1), position)
+                natural_gradient.enter_row_(gram, (yield Sum(products_s.to(gram.device))), position)
+                gram = gram.to(history.device)
                 return natural_gradient.natural_gradient(history, gram, position, group["damping"]).to(low.dtype).view(low.shape)
             case "factored":
                 covariance_rr = yield Sum(low @ low.mT)

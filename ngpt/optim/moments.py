@@ -18,14 +18,14 @@ MOMENT_KEYS = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale", "ex
 State = dict[str, Tensor]
 
 
-def allocate_moments(kind: str, shape: torch.Size, state_dtype: str, like: Tensor) -> State:
+def allocate_moments(kind: str, shape: torch.Size, state_dtype: str, like: Tensor, device: torch.device) -> State:
     """Zero state for a low-rank gradient of this shape of the parameter `like`."""
-    state = allocate("exp_avg", shape, state_dtype, like)
+    state = allocate("exp_avg", shape, state_dtype, like, device)
     if kind == "adam":
-        state |= allocate("exp_avg_sq", shape, state_dtype, like)
+        state |= allocate("exp_avg_sq", shape, state_dtype, like, device)
     if kind == "adafactor":
-        state["exp_avg_sq_row"] = torch.zeros(shape[0], dtype=compute_dtype(like), device=like.device)
-        state["exp_avg_sq_col"] = torch.zeros(shape[1], dtype=compute_dtype(like), device=like.device)
+        state["exp_avg_sq_row"] = torch.zeros(shape[0], dtype=compute_dtype(like), device=device)
+        state["exp_avg_sq_col"] = torch.zeros(shape[1], dtype=compute_dtype(like), device=device)
     return state
 
 

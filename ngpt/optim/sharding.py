@@ -92,6 +92,10 @@ class Sharding:
         """The elements of the weight that this process updates if it updates a flat slice: a 1-D view."""
         return p.detach().view(-1)[slice(*self.span(p.numel()))]
 
+    def state_device(self, p: Tensor) -> torch.device:
+        """Where moments, history and master copy are kept, the large parts of the state. The rest is where the weight is."""
+        return p.device
+
     def span(self, length: int) -> tuple[int, int]:
         """[start, stop) of this process in an axis of `length`: equal parts, of which the last may be shorter or empty."""
         share = -(-length // self.parts)

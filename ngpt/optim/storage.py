@@ -45,17 +45,17 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return torch.empty(shape, dtype=dtype, device=device).zero_()
 
 
-def allocate(key: str, shape: torch.Size, state_dtype: str, like: Tensor) -> dict[str, Tensor]:
+def allocate(key: str, shape: torch.Size, state_dtype: str, like: Tensor, device: torch.device) -> dict[str, Tensor]:
     """Zero state tensors for a moment of this shape of the parameter `like`: `key` itself and, with 8 bits, `key`_scale."""
     if state_dtype == "8bit":
         num_codes, num_scales = quantization.code_shapes(shape.numel())
         return {
-            key: zeros([num_codes], torch.uint8, like.device),
-            f"{key}_scale": zeros([num_scales], torch.float32, like.device),
+            key: zeros([num_codes], torch.uint8, device),
+            f"{key}_scale": zeros([num_scales], torch.float32, device),
         }
     dtype = compute_dtype(like) if state_dtype == "fp32" else torch.bfloat16
     same_layout = shape == like.shape  # also that of a transposed weight, so that arithmetic with it does not stride
-    return {key: torch.empty_like(like, dtype=dtype).zero_() if same_layout else zeros(shape, dtype, like.device)}
+    return {key: torch.empty_like(like, dtype=dtype, device=device).zero_() if same_layout else zeros(shape, dtype, device)}
 
 
 @dataclass(frozen=True)

@@ -151,19 +151,21 @@ def train_sharded(
     apply: str = "deferred",
     clip: float = 0.0,
     dtype: str = "float32",
+    offload: bool = False,
+    device: str = "cpu",
     **options: Any,
 ):
     """The same on every rank of a group, each with its share of the rows."""
     ranks = Collectives()
-    model = Network(getattr(torch, dtype))
+    model = Network(getattr(torch, dtype)).to(device)
     slices = Slices(model, ranks) if stage == 3 else None
-    optimizer = optimizer_of(model, method, ZeroSharding(ranks, stage=stage, weights=slices), **options)
+    optimizer = optimizer_of(model, method, ZeroSharding(ranks, stage=stage, weights=slices, offload=offload), **options)
     updates = ShardedUpdates(optimizer, model.parameters(), ranks, apply=apply)
     losses, norms = [], []
     for step in range(STEPS):
         updates.begin_update(micro_batches)
         total = torch.zeros(())
-        for rows in batch(step).chunk(micro_batches):  # a basis is found in the first micro-batch: that of all ranks together
+        for rows in batch(step).to(device).chunk(micro_batches):  # a basis is found in the first micro-batch: that of all ranks together
             updates.begin_micro_batch()
             loss = model(rows.chunk(ranks.size)[ranks.rank], skip=step == 4) / (ROWS * 5)
             loss.backward()
@@ -256,6 +258,24 @@ def test_moments_in_fewer_bits_stay_close_to_one_process(on_ranks: Callable[...,
         losses, _, _ = train_alone(method, state_dtype=state_dtype)
         for own_losses, _, _ in on_ranks(2, train_in_stages, method, [0, 1, 3], {"state_dtype": state_dtype})[1]:
             torch.testing.assert_close(torch.tensor(own_losses), torch.tensor(losses), rtol=1e-3, atol=0)
+
+
+def train_offloaded(method: str, stage: int, device: str, options: dict[str, Any]) -> list[Any]:
+    return [train_sharded(method, stage, device=device, offload=offload, **options) for offload in (False, True)]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("rounding", [None, "master"])
+@pytest.mark.parametrize("method", SEVERAL)
+def test_state_in_the_memory_of_the_cpu_changes_nothing(
+    on_ranks: Callable[..., Any], method: str, rounding: str | None, device: str
+) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    options = {"dtype": "bfloat16", "rounding": rounding} if rounding else {}
+    for stage in (1, 3):
+        here, offloaded = on_ranks(1, train_offloaded, method, stage, device, options)[0]
+        torch.testing.assert_close(torch.tensor(offloaded[0]), torch.tensor(here[0]), rtol=1e-3 if rounding else 2e-6, atol=0)
 
 
 # --------------------------------------------------------------------------------------------- gradients that are bad, or missing
