@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
+import statistics
 import subprocess
 from collections.abc import Iterator
 from dataclasses import fields
@@ -114,8 +114,7 @@ def targets(stages: dict[int, Stage], share: float, ranks: int) -> Iterator[str]
                 ratio = state_ratio(own, ranks)
                 yield f"{where} sharded state {ratio:.3f} of total / N (at most {1 + STATE_MARGIN}): {_met(ratio <= 1 + STATE_MARGIN)}"
             times = ratios({name: own.step, PEER: peer.step}, name, PEER)
-            median = sorted(times)[len(times) // 2]
-            yield f"{where} step time {middle(times)} of DeepSpeed's (at most 1): {_met(median <= 1)}"
+            yield f"{where} step time {middle(times)} of DeepSpeed's (at most 1): {_met(statistics.median(times) <= 1)}"
 
 
 def gradient_table(stages: dict[int, dict[str, dict[str, GradientPeaks]]], model: ModelConfig, item: int) -> Iterator[str]:
@@ -123,14 +122,14 @@ def gradient_table(stages: dict[int, dict[str, dict[str, GradientPeaks]]], model
     matrices = sum(matrix.size for matrix in matrix_shapes(model) if matrix.projected)
     limit = matrices // model.num_hidden_layers * item
     yield (
-        f"| stage | | | full gradients of matrices, MiB | at most one layer's ({_mib(limit)}) | kept for the update "
+        f"| stage | | | full gradients of matrices, MiB | at most one layer's ({_mib(limit)}) | held by the engine "
         "| all beyond weights and state |"
     )
     yield "|---|---|---|---|---|---|---|"
     for stage, methods in stages.items():
         for name, modes in methods.items():
             for mode, peaks in modes.items():
-                cells = f"{_mib(peaks.full)} | {_met(peaks.full <= limit)} | {_mib(peaks.kept)} | {_mib(peaks.tensors)}"
+                cells = f"{_mib(peaks.full)} | {_met(peaks.full <= limit)} | {_mib(peaks.held)} | {_mib(peaks.tensors)}"
                 yield f"| {stage} | {name} | {mode} | {cells} |"
 
 
@@ -177,7 +176,7 @@ def heading(options: argparse.Namespace) -> str:
     """What a record has to say of where it comes from."""
     root = Path(__file__).resolve().parent.parent
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{os.cpu_count()} cores of {platform.processor() or 'a CPU'}"
+    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{os.cpu_count()} CPU cores"
     model = f"{options.model}, rank {options.rank}, {options.ranks} ranks x {options.rows} x {options.seq_len} tokens"
     rounds = "" if options.gradients else f", n = {options.rounds}: median (lowest to highest of the middle four fifths)"
     return f"{model}, {device}, torch {torch.__version__}, commit {git.stdout.strip() or 'unknown'}{rounds}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -157,7 +158,7 @@ class GradientPeaks(NamedTuple):
     """Most bytes at one time on a rank, in updates with and without a refresh."""
 
     full: int  # full gradients of the blocks' matrices, from the moment backward has finished each until it is freed
-    kept: int  # gradients, accumulators and buffers that wait for the update
+    held: int  # gradients, accumulators and buffers that the engine holds, whenever a gradient is born or the update begins
     tensors: int  # everything beyond weights and state (CPU only)
 
 
@@ -171,30 +172,35 @@ def measure_gradients(setup: Setup, names: list[str]) -> dict[str, dict[str, Gra
 
 def gradient_peaks(name: str, setup: Setup) -> GradientPeaks:
     """The peaks of three updates: the first and the third find a basis, the second does not."""
-    full, kept, tensors = LiveGradients(), 0, 0
+    full, tensors = LiveGradients(), 0
     contender = Ours(name, setup, watch=full.watch)
+    full.held_by = contender.engine._gradients.live_bytes
     for _ in range(3):
         with LiveTensorBytes() as count:
             loss = contender.backward(micro_batches=2 if setup.apply == "deferred" else 1)
             outcome = contender.engine.finish_update(loss)
-        kept, tensors = max(kept, outcome.gradient_bytes), max(tensors, count.peak)
+        full.held_peak, tensors = max(full.held_peak, outcome.gradient_bytes), max(tensors, count.peak)
     discard(contender, setup)
-    return GradientPeaks(full.peak, kept, tensors)
+    return GradientPeaks(full.peak, full.held_peak, tensors)
 
 
 class LiveGradients:
-    """Counts the bytes of full gradients of the blocks' matrices that are alive, whoever holds them."""
+    """Counts the bytes of full gradients of the blocks' matrices that are alive, whoever holds them; and at each birth of a gradient what
+    `held_by` says is held."""
 
     def __init__(self) -> None:
-        self.live = self.peak = 0
+        self.live = self.peak = self.held_peak = 0
+        self.held_by: Callable[[], int] = lambda: 0
 
     def watch(self, model: nn.Module) -> None:
         """Count those of this model. Call before others hook its parameters, so that every gradient is seen."""
         for name, parameter in model.named_parameters():
-            if is_block_matrix(name):
-                parameter.register_post_accumulate_grad_hook(self._born)
+            parameter.register_post_accumulate_grad_hook(functools.partial(self._born, counts=is_block_matrix(name)))
 
-    def _born(self, parameter: Tensor) -> None:
+    def _born(self, parameter: Tensor, *, counts: bool) -> None:
+        self.held_peak = max(self.held_peak, self.held_by())
+        if not counts:
+            return
         assert parameter.grad is not None
         storage = parameter.grad.untyped_storage()
         self.live += storage.nbytes()
