@@ -242,6 +242,8 @@ def bytes_sent(layers: Layers, setup: Setup, *, refresh: bool = False, rotates: 
         rotates: there are moments already: not so in the first update.
     """
     sent = Counter(sums=_ring(16, setup.ranks, 2))  # loss and norm
+    if setup.immediate:
+        sent["sums"] += _ring(8, setup.ranks, 2)  # whether the loss is finite
     for layer in layers:
         parameters = [(shape, _completed(settings)) for shape, settings in layer]
         numel = sum(_part_on_wire(shape, settings, setup) for shape, settings in layer) + len(layer)
@@ -264,7 +266,10 @@ def average_bytes_sent(layers: Layers, setup: Setup) -> dict[str, float]:
 
 
 def weight_gather_bytes(layers: Layers, setup: Setup) -> int:
-    """Bytes that one rank sends at stage 3 in an update where DeepSpeed gathers each weight for forward and for backward."""
+    """Bytes that one rank sends at stage 3 in an update where DeepSpeed gathers each weight for forward and for backward.
+
+    The most: it keeps small weights, and those that are needed again soon (`stage3_max_reuse_distance`).
+    """
     if setup.stage < 3:
         return 0
     each = [setup.share(prod(shape)) * setup.dtype.itemsize for layer in layers for shape, _ in layer]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from bench.optimizer_memory import RANKS
 from bench.presets import block_shapes, model_of
+from ngpt.config.schema import ModelConfig
 from ngpt.dist.collectives import Collectives
+from ngpt.engine.deepspeed_config import deepspeed_config
 from ngpt.engine.zero_cost import (
     Setup,
     average_bytes_sent,
@@ -23,9 +26,11 @@ from ngpt.engine.zero_cost import (
     sharded_state_bytes,
     state_bytes_on_rank,
     textbook_adamw_bytes,
+    weight_gather_bytes,
 )
 from ngpt.engine.zero_sharding import ShardedUpdates, ZeroSharding
-from ngpt.optim import AdaRankGrad, GaLore, NaturalGaLore, projection, state_bytes
+from ngpt.model.llama import LlamaForCausalLM
+from ngpt.optim import AdaRankGrad, GaLore, NaturalGaLore, low_rank_groups, projection, state_bytes
 from ngpt.optim.state_cost import KINDS
 
 GAP, STEPS = 3, 4  # updates 0 and 3 refresh
@@ -112,7 +117,9 @@ def measure(
             updates.begin_update(micro_batches)
             for _ in range(micro_batches):
                 updates.begin_micro_batch()
-                torch.stack([(p * torch.randn(p.shape, generator=noise).to(dtype)).sum() for p in parameters.values()]).sum().backward()
+                loss = torch.stack([(p * torch.randn(p.shape, generator=noise).to(dtype)).sum() for p in parameters.values()]).sum()
+                if apply == "deferred" or updates.all_finite(loss.detach()):
+                    loss.backward()
                 updates.end_micro_batch()
             waiting.append(updates.live_bytes())
             updates.scalars(torch.zeros(()))
@@ -184,6 +191,52 @@ def test_immediate_updates_in_bf16_send_and_keep_what_the_formulas_say(on_ranks:
 def test_gradients_on_the_wire_may_have_another_dtype_and_moments_fewer_bits(on_ranks: Callable[..., Any], method: str) -> None:
     check(on_ranks, method, 2, [1, 2], dtype=torch.bfloat16, wire=torch.float32, micro_batches=2, state_dtype="8bit")
     check(on_ranks, method, 3, [2], dtype=torch.float32, wire=torch.bfloat16, micro_batches=2, state_dtype="bf16")
+
+
+def engine_bytes(stage: int) -> list[tuple[dict[str, int], dict[str, float]]]:
+    """Bytes of updates without a refresh that the engine reports, and those of the formulas, all weights partitioned."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from ngpt.engine.deepspeed_engine import ZeroEngine
+
+    ranks = Collectives()
+    config = ModelConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    zero = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    options = deepspeed_config(
+        {"zero_optimization": zero} if stage == 3 else {}, zero_stage=stage, micro_batch_size=1, accumulation_steps=2, world_size=ranks.size
+    )
+    settings = {"fisher": "history", "history": 3, "subspace": "randomized", "on_refresh": "rotate"}
+
+    def build_optimizer(model: nn.Module, sharding: Any) -> NaturalGaLore:
+        groups = low_rank_groups(model, rank=4, shape_of=sharding.shape)
+        return NaturalGaLore(groups, **settings, stagger=False, sharding=sharding)
+
+    engine = ZeroEngine(
+        lambda: LlamaForCausalLM(config), build_optimizer, options, zero_stage=stage, device=torch.device("cpu"), dtype=torch.float32,
+        apply="deferred", grad_clip=0.0,
+    )  # fmt: skip
+    projected, block = {**settings, "rank": 4}, 2 * [((16,), {})]
+    block = [*((shape, projected) for shape in block_shapes(config)), *block]
+    layers = [[((61, 16), {})], [((16,), {})], block, block, [((61, 16), {})]]
+    setup = Setup(stage, ranks.size, torch.float32, rank=ranks.rank, micro_batches=2)
+    expected = {"updates": bytes_sent(layers, setup)["total"], "weights": weight_gather_bytes(layers, setup)}
+    found = []
+    try:
+        for step in range(3):
+            engine.begin_update(lr_multiplier=1.0, loss_divisor=32.0, num_micro_batches=2)
+            tokens = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(10 * step + ranks.rank))
+            loss = torch.stack([engine.accumulate({"input_ids": row[None, :-1], "labels": row[None, 1:]}) for row in tokens]).sum()
+            engine.finish_update(loss / 32.0)
+            found.append(engine.communication())
+    finally:
+        engine.close()
+    return [(found[2], expected)]  # DeepSpeed has seen the order of the modules, and bases are there
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_engine_reports_the_bytes_of_the_formulas(on_ranks: Callable[..., Any], stage: int) -> None:
+    for result in on_ranks(2, engine_bytes, stage):
+        for found, expected in result:
+            assert found == expected
 
 
 # ------------------------------------------------------------------------------------------------------------------ targets
