@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import json
 import logging
-import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -16,11 +12,9 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import yaml
 
 from ngpt import build
 from ngpt.checkpoint import resume, store
-from ngpt.config.optimizers import LoRAConfig
 from ngpt.config.schema import RunConfig, engine_of_launch, steps_in_run
 from ngpt.config.validate import ConfigError
 from ngpt.data.documents import DataError
@@ -31,17 +25,13 @@ from ngpt.dist.process_group import choose_device, process_group, random_state, 
 from ngpt.dist.ranks import LaunchError, ranks_from_environment
 from ngpt.dist.replicas import ReplicasDiffer, check_replicas
 from ngpt.dist.watch import PeerLost
-from ngpt.engine.local import weight_dtype
 from ngpt.loop.evaluate import EvalResult, evaluate
 from ngpt.loop.stop import stop_on_signals
 from ngpt.loop.train_loop import Progress, TrainingDiverged, train_loop
 from ngpt.loop.train_step import StepResult
-from ngpt.model import cost
-from ngpt.telemetry.console import configure_logging, duration, eval_line, progress_bar, step_line
-from ngpt.telemetry.manifest import write_manifest
-from ngpt.telemetry.metrics import Record, StepMetrics, device_memory, device_peak_flops, eval_record
-from ngpt.telemetry.plot import plot_run
-from ngpt.telemetry.sinks import JsonlSink, WandbSink
+from ngpt.recorder import Recorder, due
+from ngpt.summary import arguments_for_more, command, summarise
+from ngpt.telemetry.console import configure_logging
 
 __all__ = ["PeerLost", "Run", "due", "exit_code_of"]
 
@@ -63,11 +53,6 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, PeerLost):
         return error.exit_code
     return next((code for kind, code in _EXIT_CODES.items() if isinstance(error, kind)), 1)
-
-
-def due(every_steps: int, step: int) -> bool:
-    """Whether something done every `every_steps` steps (0: never) is due after `step`."""
-    return every_steps > 0 and step % every_steps == 0
 
 
 class Run:
@@ -101,7 +86,7 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.wandb.close(exit_code=self.exit_code if kind is None else 1)
+        self.recorder.close(exit_code=self.exit_code if kind is None else 1)
         if kind is None:  # after an error an engine could wait for ranks that are gone
             self.engine.close()
         self._resources.__exit__(kind, error, trace)
@@ -138,72 +123,21 @@ class Run:
         self.engine = build.build_engine(config, self.device)
         if checkpoint:
             self._restore(checkpoint, state)
-        self.resumed_step = self.progress.step
         evaluates = config.eval.every_steps or config.eval.at_end
         self.eval_batches = build.read_eval_batches(config, self.tokenizer, self.ranks) if evaluates else []
-        self._open_telemetry(checkpoint, state)
-
-    def _open_telemetry(self, checkpoint: Path | None, state: dict[str, Any]) -> None:
-        """Begin what rank 0 alone writes; W&B and the bar are there on other ranks too, and silent."""
-        config, trainer, is_main = self.config, self.config.trainer, self.ranks.is_main
-        as_dict = dataclasses.asdict(config)
-        self._config_text = yaml.safe_dump(as_dict, sort_keys=False)
-        if is_main:
-            (self.folder / "config.yaml").write_text(self._config_text, encoding="utf-8")
-            write_manifest(
-                self.folder / "manifest.json",
-                config=as_dict,
-                device=self.device,
-                argv=self.arguments,
-                resumed_from=checkpoint.name if checkpoint else None,
-            )
-            self.jsonl = JsonlSink(self.folder / "metrics.jsonl", resume_step=self.progress.step)
-            self._resources.callback(self.jsonl.close)
-        self.wandb = WandbSink(
-            config.logger if is_main else dataclasses.replace(config.logger, wandb="disabled"),
-            run_name=config.run.name,
-            run_folder=self.folder,
-            run_config=as_dict,
-            # A run that branches off from another one's checkpoint is a run of its own there too.
-            run_id=state["wandb"]["run_id"] if checkpoint and checkpoint.parent.resolve() == self.store.folder.resolve() else None,
-        )
-        self.metrics = StepMetrics(
-            flops_per_token=cost.flops_per_token(config.model, trainer.seq_len, adapter_rank=self._adapter_rank),
-            peak_flops=trainer.peak_flops or (device_peak_flops(self.device, weight_dtype(trainer.precision)) if is_main else 1.0),
-            world_size=self.ranks.world_size,
-        )
-        self._announce(checkpoint)
-        self._bar = self._resources.enter_context(progress_bar(total_steps=self.total_steps, done=self.progress.step, shown=is_main))
-
-    def _announce(self, checkpoint: Path | None) -> None:
-        config, trainer = self.config, self.config.trainer
-        sizes = self.engine.state_bytes()
-        adapters = cost.adapter_parameter_count(config.model, self._adapter_rank)
-        logger.info(
-            "%s: %s parameters%s, %s on %s, %s | %s steps of %s x %s tokens in micro-batches of %s",
-            config.run.name,
-            f"{cost.parameter_count(config.model):,}",
-            f" and {adapters:,} of adapters" if adapters else "",
-            config.optimizer.name,
-            self.device,
-            trainer.precision,
-            f"{self.total_steps:,}",
-            trainer.global_batch_size,
-            trainer.seq_len,
-            trainer.micro_batch_size,
-        )
-        logger.info(
-            "weights %.1f MiB, optimizer state %.1f MiB | run folder %s",
-            sizes["weights"] / 2**20,
-            sizes["optimizer_state"] / 2**20,
+        # A run that branches off from another one's checkpoint is a run of its own in W&B too.
+        continues = checkpoint and checkpoint.parent.resolve() == self.store.folder.resolve()
+        self.recorder = Recorder(
+            config,
             self.folder,
+            engine=self.engine,
+            loader=self.loader,
+            collectives=self.collectives,
+            progress=self.progress,
+            arguments=self.arguments,
+            resumed_from=checkpoint,
+            wandb_run_id=state["wandb"]["run_id"] if continues else None,
         )
-        if checkpoint:
-            logger.info("continuing from %s: step %d, %s tokens", checkpoint, self.progress.step, f"{self.progress.tokens:,}")
-
-    @property
-    def _adapter_rank(self) -> int:
-        return self.config.optimizer.rank if isinstance(self.config.optimizer, LoRAConfig) else 0
 
     @property
     def _micro_batches_per_step(self) -> int:
@@ -262,83 +196,16 @@ class Run:
     def at_end(self) -> bool:
         return self.progress.step >= self.total_steps
 
-    def nothing_left(self) -> int:
-        """Say that the run was finished before, and how to go on. Returns the exit code."""
-        logger.info(
-            "%s is finished already: step %d of %d; for another run give run.name=SOMETHING_ELSE",
-            self.folder,
-            self.progress.step,
-            self.total_steps,
-        )
-        logger.info("train longer: %s", self._command(self._arguments_for_more()))
-        return 0
-
     def record(self, result: StepResult) -> None:
         """Send a result to the console, to metrics.jsonl and to W&B, if its step is one that is logged."""
-        self.metrics.add(result)
-        self._bar.update()
-        if not result.update.applied or result.update.skipped_matrices:
-            self._record_skipped(result)
-        regular = result.step == 1 or self.at_end or due(self.config.logger.every_steps, result.step)
-        if not regular and result.step != self.resumed_step + 1:
-            return
-        memory, sources = self._over_ranks(device_memory(self.device), self.loader.stats())
-        record = self.metrics.record(
-            result, state_bytes=self.engine.state_bytes(), memory=memory, sources=sources, communication=self.engine.communication()
-        )
-        seconds_left = (self.total_steps - result.step) * (record["time/step_s"] or 0)
-        logger.info("%s", step_line(record, total_steps=self.total_steps, seconds_left=seconds_left))
-        if regular:  # the first line after a resume is a sign of life on the console; the uninterrupted run has no such record
-            self._publish(record)
-
-    def _publish(self, record: Record) -> None:
-        if self.ranks.is_main:
-            self.jsonl.write(record)
-            self.wandb.write(record)
-
-    def _over_ranks(self, memory: dict[str, float], sources: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-        """This rank's memory beside the highest peak of all ranks; counters of the data added up, and the longest wait."""
-        if self.ranks.world_size == 1:
-            return memory, sources
-        peaks, counters = zip(*self._gather([memory["peak_allocated"], sources]), strict=True)
-        added = {name: sum(of_rank.get(name, 0) for of_rank in counters) for name in sources}
-        longest = max(of_rank["wait_seconds"] for of_rank in counters)
-        return memory | {"peak_allocated_largest": max(peaks)}, added | {"wait_seconds": longest}
-
-    def _gather(self, value: Any) -> list[Any]:
-        """What each rank has, by rank; JSON-able."""
-        return [json.loads(data) for data in self.collectives.gather_bytes(json.dumps(value).encode(), self.device)]
-
-    def _record_skipped(self, result: StepResult) -> None:
-        update = result.update
-        what = f"{update.skipped_matrices} matrices left out of the update" if update.applied else "update skipped"
-        identity = {
-            "step": result.step,
-            "what": what,
-            "loss": repr(update.loss),
-            "grad_norm": repr(update.grad_norm),
-            "batches": list(itertools.chain(*self._gather([batch.identity() for batch in result.batches]))),
-        }
-        if self.ranks.is_main:
-            with (self.folder / "nonfinite_steps.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(identity) + "\n")
-        logger.warning(
-            "step %d: loss %s, gradient norm %s: %s (%d steps so far)",
-            result.step,
-            update.loss,
-            update.grad_norm,
-            what,
-            result.skipped_steps,
-        )
+        self.recorder.step(result)
 
     def evaluate(self) -> None:
         """Evaluate on the held-out tokens and record the result."""
         started = time.perf_counter()
         token_bytes = self.tokenizer.token_bytes if self.tokenizer else None
         self._last_eval = evaluate(self.engine, self.eval_batches, token_bytes, self.collectives)
-        record = eval_record(self.progress.step, self.progress.tokens, self._last_eval, seconds=time.perf_counter() - started)
-        logger.info("%s", eval_line(record, total_steps=self.total_steps))
-        self._publish(record)
+        self.recorder.evaluation(self._last_eval, seconds=time.perf_counter() - started)
 
     def check_replicas(self) -> None:
         """Raise ReplicasDiffer unless all ranks hold the same weights."""
@@ -355,11 +222,12 @@ class Run:
             random=random_state(),
             state={
                 "progress": self.progress.state_dict(),
-                "data": merge_states(self._gather(self.loader.state_dict())),
-                "wandb": self.wandb.state_dict(),
+                "data": merge_states(self.recorder.gather(self.loader.state_dict())),
+                "wandb": self.recorder.wandb.state_dict(),
                 "settings": self.settings,
             },
-            files={"config.yaml": self._config_text.encode()} | ({"tokenizer.model": self.tokenizer.model_bytes} if self.tokenizer else {}),
+            files={"config.yaml": self.recorder.config_text.encode()}
+            | ({"tokenizer.model": self.tokenizer.model_bytes} if self.tokenizer else {}),
         )
         logger.info("checkpoint %s (%.1fs)", folder, time.perf_counter() - started)
 
@@ -369,55 +237,33 @@ class Run:
         """0 unless a signal stopped the run before its last step."""
         return 0 if self.at_end else self.stop.exit_code
 
+    def nothing_left(self) -> int:
+        """Say that the run was finished before, and how to go on. Returns the exit code."""
+        finished = "%s is finished already: step %d of %d; for another run give run.name=SOMETHING_ELSE"
+        logger.info(finished, self.folder, self.progress.step, self.total_steps)
+        logger.info("%s", self._how_to_go_on())
+        return 0
+
     def summarise(self) -> None:
         """Draw the plot and say where things are and how to go on."""
         references = self._unigram_reference()
         if not self.ranks.is_main:
             return
-        picture = self.folder / "metrics.png"
-        plot_run(self.folder / "metrics.jsonl", picture, title=self.config.run.name, references=references)
         signal = self.stop.signal
-        state = "done" if self.at_end else f"stopped by {signal.name}" if signal else "stopped"
-        logger.info(
-            "%s: step %d/%d, %s tokens in %s of training, %d skipped updates",
-            state,
-            self.progress.step,
-            self.total_steps,
-            f"{self.progress.tokens:,}",
-            duration(self.progress.seconds),
-            self.progress.skipped_steps,
+        summarise(
+            self.config,
+            self.folder,
+            self.progress,
+            state="done" if self.at_end else f"stopped by {signal.name}" if signal else "stopped",
+            last_eval=self._last_eval,
+            references=references,
+            go_on=self._how_to_go_on(),
         )
-        if self._last_eval and references:
-            unigram = references["unigram"]
-            share = self._last_eval.perplexity / unigram
-            logger.info(
-                "held-out perplexity %.2f; a unigram model of the same training tokens: %.2f (%.3f of it)",
-                self._last_eval.perplexity,
-                unigram,
-                share,
-            )
-        newest = store.find_newest(self.store.folder)
-        logger.info("metrics %s | picture %s | newest checkpoint %s", self.folder / "metrics.jsonl", picture, newest)
+
+    def _how_to_go_on(self) -> str:
         if self.at_end:
-            logger.info("train longer: %s", self._command(self._arguments_for_more()))
-        else:
-            logger.info("continue: %s", self._command(self.arguments))
-
-    def _command(self, arguments: list[str]) -> str:
-        """The command that starts this run with `arguments`, as a user would type it."""
-        if self.ranks.world_size == 1:
-            return command_line(arguments)
-        return f"(with the launcher of this run) {shlex.join(['-m', 'ngpt.train', *arguments])}"
-
-    def _arguments_for_more(self) -> list[str]:
-        """This run's arguments with twice its length."""
-        setting, value = (
-            ("trainer.max_tokens", self.config.trainer.max_tokens)
-            if self.config.trainer.max_tokens
-            else ("trainer.max_steps", self.total_steps)
-        )
-        assert value is not None
-        return [argument for argument in self.arguments if not argument.startswith(f"{setting}=")] + [f"{setting}={2 * value}"]
+            return f"train longer: {command(arguments_for_more(self.config, self.arguments), world_size=self.ranks.world_size)}"
+        return f"continue: {command(self.arguments, world_size=self.ranks.world_size)}"
 
     def _unigram_reference(self) -> dict[str, float]:
         if not (self.at_end and self.config.eval.unigram_baseline and self.eval_batches):
@@ -430,10 +276,3 @@ class Run:
             return {"unigram": unigram_perplexity(loader, batches, self.eval_batches, vocabulary, **ranks)}
         finally:
             loader.close()
-
-
-def command_line(arguments: list[str]) -> str:
-    """The command that starts this run with `arguments`, as a user would type it."""
-    interpreter = Path(sys.executable)
-    shown = str(interpreter.relative_to(Path.cwd())) if interpreter.is_relative_to(Path.cwd()) else "python"
-    return shlex.join([shown, "-m", "ngpt.train", *arguments])

@@ -80,7 +80,7 @@ def assert_same_weights(left: Path, right: Path) -> None:
 def _no_picture(request, monkeypatch):
     """Drawing takes longer than all the rest of a tiny run; one test looks at the picture."""
     if "draws" not in request.fixturenames:
-        monkeypatch.setattr("ngpt.run.plot_run", lambda *_args, **_kwargs: None)
+        monkeypatch.setattr("ngpt.summary.plot_run", lambda *_args, **_kwargs: None)
 
 
 @pytest.fixture
