@@ -21,6 +21,7 @@ from torch import Tensor
 from ngpt.dist.collectives import Collectives, Reduction
 from ngpt.engine.lock_step import run_together
 from ngpt.optim import AdamW
+from ngpt.optim.low_rank import LowRankAdamW
 from ngpt.optim.per_layer_hook import MODES, GradientHooks
 from ngpt.optim.projection import short_side_first
 from ngpt.optim.sharding import Asking, Sharding
@@ -293,8 +294,9 @@ class Layer:
 
     def searches(self) -> list[Asking[None]]:
         """Coroutines, over ranks, that find the bases that are due. A rank without the gradient takes part with zeros."""
-        found = []
+        found: list[Asking[None]] = []
         for p in self._thin:
+            assert isinstance(self._optimizer, LowRankAdamW)
             if p in self._wants_basis:
                 grad = self._full.get(p)
                 zeros = functools.partial(torch.zeros, self._shapes[p], dtype=p.dtype, device=p.device)
@@ -332,6 +334,7 @@ class Layer:
                 self._own = own
 
     def _add_low(self, p: Tensor, grad: Tensor) -> None:
+        assert isinstance(self._optimizer, LowRankAdamW)
         low = self._optimizer.project(p, short_side_first(grad))
         self._low[p] = self._low[p].add_(low) if p in self._low else low
 
