@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from ngpt.checkpoint.agreement import Agreement
-from ngpt.checkpoint.tensor_file import CheckpointError, TensorFile, write_tensors
+from ngpt.checkpoint.tensor_file import CheckpointError, FileRecord, TensorFile, write_tensors
 from ngpt.optim.quantization import BLOCK, code_shapes, dequantize, quantize_
 from ngpt.optim.state import StatePart
 
 FORMAT, VERSION = "ngpt optimizer state", "1"
 PLAIN, SIGNED, UNSIGNED = "plain", "8-bit signed", "8-bit unsigned"
 SCALE = "/scale"
+MASTER = "/master"
 REQUANTIZED_AT_ONCE = BLOCK << 14  # values (4 M) of a long vector that are held in fp32 on their way from 8 bits to 8 bits
 PROBLEMS_SHOWN = 5
 _NAME = re.compile(r"optimizer-(\d{5,})-of-(\d{5,})\.safetensors")
@@ -57,16 +58,29 @@ def parts_to_write(parts: Mapping[str, StatePart], ranks: Agreement, *, busy_byt
     return own
 
 
-def write_optimizer(folder: Path, parts: Mapping[str, StatePart], *, rank: int, ranks: int, step: int) -> None:
-    """Write the file of one rank, holding a copy of one tensor at a time. Raises OSError where the disk is full or not writable."""
-    metadata = {"format": FORMAT, "version": VERSION, "step": str(step), "rank": str(rank), "ranks": str(ranks)}
+def write_optimizer(
+    folder: Path, parts: Mapping[str, StatePart], *, rank: int, ranks: int, step: int, metadata: Mapping[str, str] | None = None
+) -> FileRecord:
+    """Write the file of one rank, holding a copy of one tensor at a time.
+
+    Raises:
+        NotFinite: a master weight has NaN or infinity in it.
+        OSError: the disk is full or not writable.
+    """
     described = {}
     for name, part in parts.items():
         start, count = _columns(part)
         described[name] = {"shape": list(part.shape), "start": start, "count": count, "encoding": _encoding(part)}
-    metadata["parts"] = json.dumps(described, separators=(",", ":"))
-    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in _tensors(parts)}
-    write_tensors(folder / file_name(rank, ranks), layout, _tensors(parts), metadata)
+    head = {"format": FORMAT, "version": VERSION, "step": str(step), "rank": str(rank), "ranks": str(ranks), **(metadata or {})}
+    head["parts"] = json.dumps(described, separators=(",", ":"))
+    tensors = sorted(_tensors(parts), key=lambda item: -item[1].dtype.itemsize)  # the order of the file, so that it is hashed on its way
+    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors}
+    return write_tensors(folder / file_name(rank, ranks), layout, tensors, head, must_be_finite=lambda name: name.endswith(MASTER))
+
+
+def bytes_to_write(parts: Mapping[str, StatePart]) -> int:
+    """Bytes of the tensors in the file of these parts."""
+    return sum(tensor.nbytes for _, tensor in _tensors(parts))
 
 
 def _tensors(parts: Mapping[str, StatePart]) -> Iterator[tuple[str, Tensor]]:

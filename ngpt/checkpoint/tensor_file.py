@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,34 +28,96 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALIGNMENT = 8  # bytes: that of the widest dtype
+READ_AT_ONCE = 1 << 20  # bytes
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, unfinished, unreadable, or not one of this run."""
 
 
-def write_tensors(path: Path, layout: Layout, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str] | None = None) -> None:
+class NotFinite(CheckpointError):
+    """Weights, or masters of them, have NaN or infinity in them, which no checkpoint shall keep."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and SHA-256, in hexadecimal digits, of a file as it was written."""
+
+    size: int
+    sha256: str
+
+
+def write_tensors(
+    path: Path,
+    layout: Layout,
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    must_be_finite: Callable[[str], bool] = lambda name: False,
+) -> FileRecord:
     """Write a safetensors file and force it to disk, holding one of `tensors` at a time; they may come in any order.
 
+    What comes in the order of the file, which is that of `layout` but for wider dtypes first, is hashed on its way; the rest is read back.
+
+    Returns:
+        What was written.
+
     Raises:
+        NotFinite: a tensor that `must_be_finite` has NaN or infinity in it.
         OSError: the disk is full or not writable.
         ValueError: `tensors` are not those of `layout`.
     """
     head, starts = _head(layout, metadata or {})
     missing = dict(layout)
-    with path.open("wb") as file:
+    with path.open("w+b") as file:
         file.write(head)
+        digest, hashed = hashlib.sha256(head), len(head)
         for name, tensor in tensors:
             expected = missing.pop(name, None)
             if expected != (tensor.dtype, tensor.shape):
                 raise ValueError(f"{path.name}: {name} is {tensor.dtype} {tuple(tensor.shape)}, but {expected} was announced")
-            file.seek(len(head) + starts[name])
-            file.write(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-            del tensor  # before the next one is made
+            on_cpu = tensor.detach().cpu()
+            if must_be_finite(name) and not is_finite(on_cpu):
+                raise NotFinite(f"{name} has NaN or infinity in it, and weights that are not finite are not saved")
+            content = on_cpu.reshape(-1).view(torch.uint8).numpy()
+            start = len(head) + starts[name]
+            file.seek(start)
+            file.write(content)
+            if start == hashed:
+                digest.update(content)
+                hashed += content.nbytes
+            del tensor, on_cpu, content  # before the next one is made
         if missing:
             raise ValueError(f"{path.name}: announced, but never given: {', '.join(missing)}")
         file.flush()
+        file.seek(hashed)
+        size = hashed + _hash_rest(file, digest)
         os.fsync(file.fileno())
+    return FileRecord(size, digest.hexdigest())
+
+
+def record_of(path: Path) -> FileRecord:
+    """Size and SHA-256 of a file that is there. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        size = _hash_rest(file, digest)
+    return FileRecord(size, digest.hexdigest())
+
+
+def _hash_rest(file: Any, digest: Any) -> int:
+    """Add the rest of an open file to a hash. Returns its length."""
+    buffer, size = memoryview(bytearray(READ_AT_ONCE)), 0
+    while count := file.readinto(buffer):
+        digest.update(buffer[:count])
+        size += count
+    return size
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN and no infinity in a tensor; what is no floating-point number is always finite."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    return all(math.isfinite(bound) for bound in torch.aminmax(tensor))  # an order faster than isfinite; a NaN becomes both bounds
 
 
 def _head(layout: Layout, metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -27,15 +29,16 @@ def open_store(folder):
 
 
 def save(folder, layouts, step=1, failing=None):
-    """Save on every rank; on rank `failing[0]` the function `failing[1]` of the store finds the disk full. Returns what was raised."""
+    """Save on every rank; on rank `failing[0]` a function (module `failing[1]`, its name) finds the disk full. Returns what was raised."""
     rank = dist.get_rank()
-    original = getattr(store_module, failing[1]) if failing else None
+    module, name = (sys.modules[f"ngpt.checkpoint.{failing[1]}"], failing[2]) if failing else (None, "")
+    original = getattr(module, name, None)
 
     def full_disk(*_arguments, **_keywords):
         raise OSError(28, "No space left on device")
 
     if failing and rank == failing[0]:
-        setattr(store_module, failing[1], full_disk)
+        setattr(module, name, full_disk)
     try:
         open_store(folder).save(
             step,
@@ -49,7 +52,7 @@ def save(folder, layouts, step=1, failing=None):
         return type(error).__name__, getattr(error, "errno", None), str(error)
     finally:
         if failing:
-            setattr(store_module, failing[1], original)
+            setattr(module, name, original)
     return None
 
 
@@ -118,14 +121,21 @@ def test_8_bit_state_keeps_its_bits_on_the_same_ranks(tmp_path, parts_kit, state
 
 @pytest.mark.parametrize(
     ("rank", "function"),
-    [(1, "write_optimizer"), (0, "write_optimizer"), (0, "write_tensors"), (0, "_write_rest"), (0, "_sync"), (0, "_step_folders")],
+    [
+        (1, "contents.write_optimizer"),
+        (0, "contents.write_optimizer"),
+        (0, "contents.write_tensors"),
+        (0, "contents.write_durably"),
+        (0, "store.sync"),
+        (0, "retention.clear_unfinished"),
+    ],
 )
 def test_a_full_disk_of_one_rank_fails_the_save_of_all_and_leaves_the_checkpoints_before(
     tmp_path, parts_kit, state, on_ranks, rank, function
 ):
     layouts = parts_kit.layout(state, 2)
     on_ranks(2, save, tmp_path, layouts, 1)
-    failed = on_ranks(2, save, tmp_path, layouts, 2, (rank, function))
+    failed = on_ranks(2, save, tmp_path, layouts, 2, (rank, *function.split(".")))
     assert failed == [("OSError", 28, f"[Errno 28] rank {rank}: No space left on device")] * 2
     assert store_module.find_newest(tmp_path).name == "step-0000001"
     assert (tmp_path / "latest").read_text() == "step-0000001\n"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ngpt.checkpoint.integrity import MANIFEST
 from ngpt.checkpoint.store import COMPLETE, CheckpointError, CheckpointStore, find_newest, open_checkpoint, read_state, step_of
 from ngpt.checkpoint.tensor_file import TensorFile
 from ngpt.dist.collectives import Collectives
@@ -61,11 +62,11 @@ def test_what_was_saved_is_read_back(store):
     assert store.read_state(folder) == {"progress": {"step": 7}}
     assert (folder / "note.txt").read_bytes() == b"hello"
     assert (folder.parent / "latest").read_text() == "step-0000007\n"
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "note.txt", COMPLETE])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "note.txt", MANIFEST, COMPLETE])
 
 
 def test_the_weights_say_what_hugging_faces_reader_asks_for(store):
-    assert TensorFile(save(store, 1) / "model.safetensors").metadata == {"format": "pt"}
+    assert TensorFile(save(store, 1) / "model.safetensors").metadata["format"] == "pt"
 
 
 def test_the_last_k_are_kept(store):
@@ -96,11 +97,13 @@ def full_disk(*_arguments, **_keywords):
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("at", ["write_tensors", "write_optimizer", "_write_rest", "_sync"])
+@pytest.mark.parametrize(
+    "at", ["contents.write_tensors", "contents.write_optimizer", "contents.write_durably", "store.sync", "store.mark_complete"]
+)
 def test_a_save_that_fails_leaves_the_earlier_ones_and_the_next_one_works(store, monkeypatch, at):
     good = save(store, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(f"ngpt.checkpoint.store.{at}", full_disk)
+        patch.setattr(f"ngpt.checkpoint.{at}", full_disk)
         with pytest.raises(OSError, match="No space left") as error:
             save(store, 2)
     assert error.value.errno == 28
@@ -119,7 +122,7 @@ def test_all_weights_are_asked_for_even_if_writing_fails_before_the_first(store,
             asked.append(name)
             yield name, torch.zeros(2, 3)
 
-    monkeypatch.setattr("ngpt.checkpoint.store.write_tensors", full_disk)
+    monkeypatch.setattr("ngpt.checkpoint.contents.write_tensors", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save(store, 1, stream=weights())
     assert asked == ["a", "b", "c"]
