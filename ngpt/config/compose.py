@@ -20,7 +20,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -140,7 +140,7 @@ def _group_choices(overrides: list[Override]) -> tuple[dict[str, list[str]], lis
         if (group not in GROUPS and group != "experiment") or override.is_delete() or isinstance(override.value(), dict | None):
             continue
         accepted = group_choices(group)
-        given = list(override.sweep_string_iterator()) if override.is_sweep_override() else [str(override.value())]
+        given = _values_in_sweep(override) if override.is_sweep_override() else [str(override.value())]
         for choice in given:
             if choice not in accepted:
                 guess = nearest(choice, accepted)
@@ -150,6 +150,12 @@ def _group_choices(overrides: list[Override]) -> tuple[dict[str, list[str]], lis
         if known:
             choices[group] = known
     return choices, problems
+
+
+def _values_in_sweep(override: Override) -> list[str]:
+    """What a sweep varies over. Globs are for groups, and match the names of their choices."""
+    value = override.value()
+    return value.filter(group_choices(override.key_or_group)) if isinstance(value, Glob) else list(override.sweep_string_iterator())
 
 
 def _override_problems(override: Override, config: DictConfig) -> Iterator[str]:
@@ -268,12 +274,13 @@ def compose_run(overrides: list[str], *, world_size: int = 1, check_files: bool 
 
 def _compose(overrides: list[str]) -> DictConfig:
     register_schema()
-    try:
-        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        try:
             return compose("config", with_open_settings(overrides))
-    except HydraException as error:
-        problems = list(_experiment_problems(overrides))
-        raise ConfigError(problems or [f"{' '.join(overrides)} = : {error}; see --help"]) from error
+        except Exception as error:  # Hydra's own, OmegaConf's, PyYAML's, or an OSError: an argument or a file that they cannot use
+            refused = error
+    problems = list(_experiment_problems(overrides)) if isinstance(refused, HydraException) else []
+    raise ConfigError(problems or [f"{' '.join(overrides)} = : {refused}; see --help"]) from refused
 
 
 def _experiment_problems(overrides: list[str]) -> Iterator[str]:
@@ -326,7 +333,7 @@ def jobs_of_sweep(argv: Sequence[str]) -> list[list[str]]:
     """The command lines of all jobs of a sweep: of settings in `argv` with several values, every combination, as with `-m`."""
     overrides = {override.input_line: override for override in _parse(argv) if override.is_sweep_override()}
     values = [
-        [f"{overrides[argument].key_or_group}={value}" for value in overrides[argument].sweep_string_iterator()]
+        [f"{overrides[argument].key_or_group}={value}" for value in _values_in_sweep(overrides[argument])]
         if argument in overrides
         else [argument]
         for argument in argv

@@ -15,6 +15,9 @@ from ngpt.config.schema import LocalC4DataConfig, RunConfig, TokenizedDataConfig
 from ngpt.config.suggest import nearest
 
 
+_LARGEST_MODEL_BYTES = 2**28  # the largest models known have some 10 MB; anything else must not be read into memory
+
+
 def file_problems(config: RunConfig) -> Iterator[str]:
     """A line for every path of `config` that is missing or of the wrong kind."""
     yield from _tokenizer_problems(config)
@@ -48,6 +51,8 @@ def _content_problems(path: str, model_vocab: int) -> Iterator[str]:
 
     tokenizer = SentencePieceProcessor()
     try:
+        if os.path.getsize(os.path.expanduser(path)) > _LARGEST_MODEL_BYTES:
+            raise RuntimeError("too large")
         tokenizer.LoadFromSerializedProto(Path(path).expanduser().read_bytes())
     except OSError as error:
         yield problem("tokenizer.path", path, f"cannot be read ({error.strerror})", "make the file readable, or give another one")

@@ -46,6 +46,7 @@ def validate(config: RunConfig, *, world_size: int = 1, check_files: bool = True
 
 
 # ------------------------------------------------------------------------------------------------------ single values
+_LARGEST_WHOLE_NUMBER = 2**63 - 1  # what torch can count to
 _BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "at_least": ("at least", operator.ge),
     "above": ("above", operator.gt),
@@ -79,10 +80,13 @@ def _choice_problem(path: str, value: str, choices: tuple[str, ...]) -> str:
 def _broken_bound(value: float, field: dataclasses.Field[Any]) -> str:
     """The rule that `value` breaks, empty where it breaks none."""
     bounds = {bound: field.metadata[bound] for bound in _BOUNDS if bound in field.metadata}
-    if math.isfinite(value) and all(_BOUNDS[bound][1](value, limit) for bound, limit in bounds.items()):
+    countable = abs(value) <= _LARGEST_WHOLE_NUMBER if isinstance(value, int) else math.isfinite(value)
+    if countable and all(_BOUNDS[bound][1](value, limit) for bound, limit in bounds.items()):
         return ""
     words = [f"{_BOUNDS[bound][0]} {limit}" for bound, limit in bounds.items()]
-    return "must be " + " and ".join(words if math.isfinite(value) else ["finite", *words])
+    if not countable:
+        words = [*words, f"at most {_LARGEST_WHOLE_NUMBER}"] if isinstance(value, int) else ["finite", *words]
+    return "must be " + " and ".join(words)
 
 
 # ------------------------------------------------------------------------------------------------------ between values
@@ -311,6 +315,9 @@ def _run_folder(config: RunConfig, world_size: int) -> Iterator[str]:
         yield problem("run.dir", config.run.dir, "must name a folder", "set run.dir=runs")
 
 
+_DIVISORS_TRIED = 10_000
+
+
 def _multiples_near(value: int, unit: int) -> str:
     """The multiples of `unit` on both sides of `value`."""
     below = value // unit * unit
@@ -318,7 +325,8 @@ def _multiples_near(value: int, unit: int) -> str:
 
 
 def _divisors_near(value: int, wanted: int) -> str:
-    """The divisors of `value` on both sides of `wanted`."""
-    below = next(divisor for divisor in range(min(wanted, value), 0, -1) if value % divisor == 0)
-    above = next((divisor for divisor in range(wanted + 1, value + 1) if value % divisor == 0), None)
+    """The divisors of `value` on both sides of `wanted`; at least 1, where none is near."""
+    most = min(wanted, value)
+    below = next((divisor for divisor in range(most, max(0, most - _DIVISORS_TRIED), -1) if value % divisor == 0), 1)
+    above = next((divisor for divisor in range(wanted + 1, min(value, wanted + _DIVISORS_TRIED) + 1) if value % divisor == 0), None)
     return f"{below} or {above}" if above else str(below)

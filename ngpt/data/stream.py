@@ -1,8 +1,8 @@
 """Endless streams of shuffled documents: epochs, windows, and their tokenisation in blocks.
 
-A logical stream reads its share of a source epoch after epoch. Documents are shuffled in windows of `window` documents; window
-number, source state at the window's start and position in it are the whole state (a few hundred bytes), from which the window is
-read again on resume. The next window is read by another thread while this one is tokenised.
+A logical stream reads its share of a source epoch after epoch. Documents are shuffled in windows of `window` documents (fewer where they
+are very long); window number, source state at the window's start and position in it are the whole state (a few hundred bytes), from which
+the window is read again on resume. The next window is read by another thread while this one is tokenised.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ Encode = Callable[[list[str]], list[np.ndarray]]  # int32, each closed by EOS
 # few enough that the first batch comes at once.
 _UNSHUFFLED_WINDOW = 512
 _BLOCK_DOCUMENTS = 64
+# Long documents make windows and blocks end sooner: two windows of each stream are in memory, and what a block's text becomes.
+_WINDOW_CHARACTERS = 2**26
+_BLOCK_CHARACTERS = 2**24
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class _WindowReader:
             if self._reader is None:
                 self._reader = self._open(None)
             source, skipped = self._reader.state(), self._tally.counts()
-            documents = list(itertools.islice(self._reader, self._size))
+            documents = take_documents(self._reader, self._size, _WINDOW_CHARACTERS)
             if documents:
                 break
             if self._number == 0:
@@ -113,7 +116,7 @@ class TextBlocks:
     def next_block(self) -> TokenBlock:
         window = self._current_window()
         first = self._position
-        documents = window.documents[first : first + _BLOCK_DOCUMENTS]
+        documents = take_documents(itertools.islice(window.documents, first, None), _BLOCK_DOCUMENTS, _BLOCK_CHARACTERS)
         self._position += len(documents)
         return make_block(documents, self._encode, self._eos_id, window.epoch, lambda i: window.state_of(first + i))
 
@@ -145,6 +148,17 @@ class TextBlocks:
         self._upcoming = self._executor.submit(self._read)
 
 
+def take_documents(documents: Iterator[Document], count: int, characters: int) -> list[Document]:
+    """The next documents, at most `count`, and none after those that have `characters` of text together."""
+    taken: list[Document] = []
+    for document in itertools.islice(documents, count):
+        taken.append(document)
+        characters -= len(document.text)
+        if characters <= 0:
+            break
+    return taken
+
+
 def make_block(
     documents: list[Document], encode: Encode, eos_id: int, epoch: int, state_of: Callable[[int], dict[str, JSON]]
 ) -> TokenBlock:
@@ -160,5 +174,5 @@ def make_block(
 
 def read_in_order(reader: DocumentReader, encode: Encode, eos_id: int) -> Iterator[TokenBlock]:
     """One pass over a reader's documents as blocks, for evaluation and preparation; they have no state."""
-    while batch := list(itertools.islice(reader, _BLOCK_DOCUMENTS)):
+    while batch := take_documents(reader, _BLOCK_DOCUMENTS, _BLOCK_CHARACTERS):
         yield make_block(batch, encode, eos_id, 0, lambda _: {})

@@ -11,8 +11,9 @@ import hashlib
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,9 @@ class Shard:
     bad_documents: int = 0
     empty_documents: int = 0
 
+    def __post_init__(self) -> None:
+        _check_types(self)
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -50,6 +54,17 @@ class Manifest:
     dtype: str
     shards: tuple[Shard, ...]
 
+    def __post_init__(self) -> None:
+        """Raise ValueError, in words, where the fields make no sense together."""
+        _check_types(self)
+        if self.dtype not in ("uint16", "uint32"):
+            raise ValueError(f"dtype {self.dtype!r} is neither uint16 nor uint32")
+        if not 0 <= self.eos_id < self.vocab_size:
+            raise ValueError(f"eos_id {self.eos_id} is outside the vocabulary of {self.vocab_size}")
+        twice = [name for name, count in Counter(shard.file for shard in self.shards).items() if count > 1]
+        if twice:
+            raise ValueError(f"the shard {twice[0]!r} is named twice, its tokens would be read twice")
+
     def totals(self) -> dict[str, int]:
         counted = ("tokens", "documents", "bad_documents", "empty_documents")
         return {name: sum(getattr(shard, name) for shard in self.shards) for name in counted}
@@ -58,6 +73,16 @@ class Manifest:
         head = {"format": FORMAT, "tokenizer": self.tokenizer, "vocab_size": self.vocab_size, "eos_id": self.eos_id, "dtype": self.dtype}
         record = {**head, **self.totals(), "shards": [asdict(shard) for shard in self.shards]}
         return json.dumps(record, indent=1).encode() + b"\n"
+
+
+def _check_types(record: Shard | Manifest) -> None:
+    """Raise ValueError unless every text is a text and every count a count: what JSON brought is anybody's."""
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if field.type == "str" and not isinstance(value, str):
+            raise ValueError(f"{field.name} is {value!r}, not a text")
+        if field.type == "int" and (type(value) is not int or value < 0):
+            raise ValueError(f"{field.name} is {value!r}, not a whole number of at least 0")
 
 
 def smallest_dtype(vocab_size: int) -> str:
@@ -74,24 +99,22 @@ def read_manifest(path: str | Path) -> tuple[Path, Manifest]:
         if record["format"] != FORMAT:
             raise DataError(f"{folder / MANIFEST}: format {record['format']!r}, not {FORMAT!r}; tokenise the text again")
         shards = tuple(Shard(**shard) for shard in record["shards"])
-        manifest = Manifest(record["tokenizer"], int(record["vocab_size"]), int(record["eos_id"]), record["dtype"], shards)
+        manifest = Manifest(record["tokenizer"], record["vocab_size"], record["eos_id"], record["dtype"], shards)
     except OSError as error:
         raise DataError(f"{folder / MANIFEST}: {error.strerror}; give folders that `python -m data_prep.tokenize` has finished") from error
-    except (TypeError, KeyError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{folder / MANIFEST}: not a manifest of token shards ({error!r})") from error
-    if manifest.dtype not in ("uint16", "uint32"):
-        raise DataError(f"{folder / MANIFEST}: dtype {manifest.dtype!r} is neither uint16 nor uint32")
+    except DataError:
+        raise
+    except (TypeError, KeyError, ValueError, RecursionError) as error:
+        raise DataError(f"{folder / MANIFEST}: not a manifest of token shards ({type(error).__name__}: {error})") from error
     for shard in manifest.shards:
         _check_name(folder, shard.file)
     return folder, manifest
 
 
-def _check_name(folder: Path, name: object) -> None:
+def _check_name(folder: Path, name: str) -> None:
     """A manifest may be somebody else's: it can name files of its own folder only."""
-    inside = isinstance(name, str) and name not in ("", ".", "..") and os.path.basename(name) == name and "\\" not in name
-    if not inside or (folder / str(name)).resolve().parent != folder.resolve():
+    plain = name.isprintable() and name not in ("", ".", "..") and os.path.basename(name) == name and "\\" not in name
+    if not plain or (folder / name).resolve().parent != folder.resolve():
         raise DataError(f"{folder / MANIFEST}: the shard {name!r} is not a file of this folder")
 
 

@@ -7,7 +7,6 @@ refused as unknown. This module imports neither torch nor DeepSpeed, so that opt
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +17,9 @@ PREFIX = "engine.deepspeed"
 ZERO = "zero_optimization"
 
 
+_LARGEST_COUNT = 2**63 - 1  # what torch can count to
+
+
 # ------------------------------------------------------------------------------------------------------ kinds of values
 def _flag(value: Any) -> str | None:
     return None if isinstance(value, bool) else "must be true or false"
@@ -25,9 +27,10 @@ def _flag(value: Any) -> str | None:
 
 def _count(value: Any) -> str | None:
     """What DeepSpeed reads as a number of elements, steps or levels: 5e7 is as good as 50000000."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value != int(value):
+    whole = (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
+    if not whole:
         return "must be a whole number"
-    return "must be at least 0" if value < 0 else None
+    return None if 0 <= value <= _LARGEST_COUNT else f"must be at least 0 and at most {_LARGEST_COUNT}"
 
 
 def _level(value: Any) -> str | None:
@@ -199,7 +202,7 @@ def deepspeed_problems(options: Mapping[str, Any], *, zero_stage: int) -> list[s
     problems: list[str] = []
     for key, value in options.items():
         if key != ZERO:
-            problems += _problems_of(key, value, _PASSED_ON)
+            problems += _problems_of(str(key), value, _PASSED_ON)
         elif not isinstance(value, Mapping):
             problems.append(_line(key, value, "must be a section of options", "the stage itself is engine.zero_stage"))
         else:
