@@ -13,19 +13,23 @@ from typing import Any
 
 import torch
 
-from ngpt import build
+from ngpt import build, out_of_memory
 from ngpt.checkpoint import resume, store
+from ngpt.config.problems import problem
 from ngpt.config.schema import RunConfig, engine_of_launch, steps_in_run
 from ngpt.config.validate import ConfigError
 from ngpt.data.documents import DataError
 from ngpt.data.train_loader import merge_states
 from ngpt.data.unigram import unigram_perplexity
+from ngpt.dist.activity import Activity
 from ngpt.dist.exit_codes import EXIT_DIVERGED, EXIT_PEER_LOST, EXIT_USER_ERROR
-from ngpt.dist.process_group import choose_device, process_group, random_state, set_random_state
+from ngpt.dist.folder_lock import FolderInUse, only_run_in
+from ngpt.dist.process_group import choose_device, deterministic_algorithms, process_group, random_state, set_random_state
 from ngpt.dist.ranks import LaunchError, ranks_from_environment
 from ngpt.dist.replicas import ReplicasDiffer, check_replicas
 from ngpt.dist.watch import PeerLost
 from ngpt.loop.evaluate import EvalResult, evaluate
+from ngpt.loop.spikes import SpikeRule
 from ngpt.loop.stop import stop_on_signals
 from ngpt.loop.train_loop import Progress, TrainingDiverged, train_loop
 from ngpt.loop.train_step import StepResult
@@ -33,7 +37,7 @@ from ngpt.recorder import Recorder, due
 from ngpt.summary import arguments_for_more, command, summarise
 from ngpt.telemetry.console import configure_logging
 
-__all__ = ["PeerLost", "Run", "due", "exit_code_of"]
+__all__ = ["DataError", "PeerLost", "Run", "due", "exit_code_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +47,8 @@ _EXIT_CODES: dict[type[Exception], int] = {
     DataError: EXIT_USER_ERROR,
     store.CheckpointError: EXIT_USER_ERROR,
     LaunchError: EXIT_USER_ERROR,
+    FolderInUse: EXIT_USER_ERROR,
+    out_of_memory.OutOfMemory: EXIT_USER_ERROR,
     TrainingDiverged: EXIT_DIVERGED,
     ReplicasDiffer: EXIT_PEER_LOST,
 }
@@ -74,6 +80,7 @@ class Run:
         self.ranks = ranks_from_environment()
         self.total_steps = steps_in_run(config.trainer)
         self.progress = Progress()
+        self.activity = Activity(self.folder / f"stacks.rank-{self.ranks.rank}.log")
         self._last_eval: EvalResult | None = None
         self._resources = ExitStack()
 
@@ -94,8 +101,8 @@ class Run:
     # ------------------------------------------------------------------------------------------------------- assembly
     def _assemble(self) -> None:
         config, trainer = self.config, self.config.trainer
-        self.folder.mkdir(parents=True, exist_ok=True)
-        configure_logging(self.folder, rank=self.ranks.rank)
+        self._open_folder()
+        self._resources.enter_context(deterministic_algorithms(trainer.deterministic))
         self.stop = self._resources.enter_context(stop_on_signals())
         try:
             self.device = choose_device(trainer.device, self.ranks)
@@ -108,21 +115,32 @@ class Run:
                 timeout_seconds=config.engine.timeout_seconds,
                 needed=engine_of_launch(config.engine, self.ranks.world_size) == "deepspeed",
                 exit_code_of=exit_code_of,
+                activity=self.activity,
+                hang_seconds=trainer.hang_seconds,
             )
         )
+        if self.ranks.is_main:
+            self._resources.enter_context(only_run_in(self.folder))
+        self._resources.enter_context(out_of_memory.explained(self._describe_memory))
 
         self.tokenizer = build.open_tokenizer(config)
         self.settings = resume.settings_of(config, tokenizer_fingerprint=self.tokenizer.fingerprint if self.tokenizer else None)
         together = {"collectives": self.collectives, "device": self.device}
-        self.store = store.CheckpointStore(self.folder / "checkpoints", keep=config.checkpoint.keep, **together)
+        kept = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
+        self.store = store.CheckpointStore(self.folder / "checkpoints", **kept, asynchronous=config.checkpoint.asynchronous, **together)
+        self._resources.callback(self.store.close)
+        self.store.check_writable()
         checkpoint = self._checkpoint_to_resume()
         state = self._checked_state(checkpoint) if checkpoint else {}
 
         self.loader = build.open_train_loader(config, self.tokenizer, self.ranks, pin_memory=self.device.type == "cuda")
         self._resources.callback(self.loader.close)
+        self.activity.now("building the model")
         self.engine = build.build_engine(config, self.device)
         if checkpoint:
             self._restore(checkpoint, state)
+        self._data_state = self.loader.state_dict()
+        self.activity.now("reading held-out text")
         evaluates = config.eval.every_steps or config.eval.at_end
         self.eval_batches = build.read_eval_batches(config, self.tokenizer, self.ranks) if evaluates else []
         # A run that branches off from another one's checkpoint is a run of its own in W&B too.
@@ -139,6 +157,29 @@ class Run:
             wandb_run_id=state["wandb"]["run_id"] if continues else None,
         )
 
+    def _open_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            configure_logging(self.folder, rank=self.ranks.rank)
+            if self.ranks.is_main:  # as root, and on some network file systems, only writing shows what may be written
+                probe = self.folder / ".probe"
+                probe.write_bytes(b"1")
+                probe.unlink()
+        except OSError as error:
+            rule = f"must be a folder that can be written ({error.strerror or error})"
+            fix = "set run.dir to another folder, or make this one writable"
+            raise ConfigError([problem("run.dir", str(self.folder), rule, fix)]) from error
+
+    def _describe_memory(self) -> str:
+        engine = getattr(self, "engine", None)
+        return out_of_memory.description(
+            self.config,
+            engine.state_bytes() if engine else None,
+            world_size=self.ranks.world_size,
+            device=self.device,
+            when=self.activity.text,
+        )
+
     @property
     def _micro_batches_per_step(self) -> int:
         trainer = self.config.trainer
@@ -146,9 +187,9 @@ class Run:
 
     # --------------------------------------------------------------------------------------------------------- resume
     def _checkpoint_to_resume(self) -> Path | None:
-        newest = self.store.newest()
         if self.config.resume == "auto":
-            return newest
+            return self.store.newest_good()
+        newest = self.store.newest()
         if self.config.resume == "never":
             if newest:
                 raise store.CheckpointError(
@@ -171,26 +212,43 @@ class Run:
         return state
 
     def _restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        self.loader.load_state_dict(state["data"])
+        self._restore_training(checkpoint, state["progress"])
+
+    def _restore_training(self, checkpoint: Path, progress: dict[str, Any]) -> None:
+        """All of a checkpoint but the place in the data."""
         self.store.read_weights(checkpoint, lambda file: self.engine.load_weights(file.read, file.names))
         self.store.read_optimizer(checkpoint, self.engine.optimizer_parts())
-        self.loader.load_state_dict(state["data"])
-        self.progress.load_state_dict(state["progress"])
+        self.progress.load_state_dict(progress)
         set_random_state(self.store.read_random(checkpoint))
 
     # ------------------------------------------------------------------------------------------------------- the loop
     def steps(self) -> Iterator[StepResult]:
         """The updates that are left, one result each."""
-        return train_loop(
+        trainer = self.config.trainer
+        self.activity.now(f"step {self.progress.step + 1}")
+        for result in train_loop(
             self.engine,
             self.loader,
             self.progress,
             total_steps=self.total_steps,
             micro_batches_per_step=self._micro_batches_per_step,
             lr_multiplier=build.build_schedule(self.config.scheduler, self.total_steps),
-            max_nonfinite_steps=self.config.trainer.max_nonfinite_steps,
+            max_nonfinite_steps=trainer.max_nonfinite_steps,
             should_stop=lambda: self.stop.agreed(self.collectives, self.device),
             sum_over_ranks=lambda own: int(self.collectives.sum_(torch.tensor(own, device=self.device))),
-        )
+            texts_of_ranks=self.recorder.gather,
+            # Updates that take place inside backward are done when the loss is known.
+            spike_rule=SpikeRule(
+                trainer.spike_window,
+                trainer.spike_deviations,
+                drop=trainer.on_spike != "log" and self.config.optimizer.apply != "immediate",
+            ),
+        ):
+            self._data_state = self.loader.state_dict()  # a later step that cannot read its data leaves the loader in between
+            self.activity.now(f"after step {result.step}")
+            yield result
+            self.activity.now(f"step {self.progress.step + 1}")
 
     @property
     def at_end(self) -> bool:
@@ -204,32 +262,70 @@ class Run:
         """Evaluate on the held-out tokens and record the result."""
         started = time.perf_counter()
         token_bytes = self.tokenizer.token_bytes if self.tokenizer else None
-        self._last_eval = evaluate(self.engine, self.eval_batches, token_bytes, self.collectives)
+        evaluating = f"evaluation after step {self.progress.step}"
+        self._last_eval = evaluate(
+            self.engine, self.eval_batches, token_bytes, self.collectives, on_batch=lambda: self.activity.now(evaluating)
+        )
         self.recorder.evaluation(self._last_eval, seconds=time.perf_counter() - started)
+
+    def roll_back(self) -> None:
+        """Go back to the last checkpoint, all but the place in the data: on with the batches that follow.
+
+        Raises:
+            TrainingDiverged: that was done `trainer.max_rollbacks` times already.
+        """
+        progress, most = self.progress, self.config.trainer.max_rollbacks
+        self._wait_for_save()
+        checkpoint = self.store.newest_good()
+        if checkpoint is None:
+            logger.warning("step %d: there is no checkpoint yet to go back to", progress.step)
+            return
+        if progress.rollbacks >= most:
+            raise TrainingDiverged(
+                f"step {progress.step}: another loss spike after {most} rollbacks (trainer.max_rollbacks); lower optimizer.lr, set "
+                "trainer.grad_clip, and look at the batches in loss_spikes.jsonl of the run folder"
+            )
+        self.activity.now(f"going back from step {progress.step}")
+        logger.warning("step %d: back to %s, and on with the batches that follow", progress.step, checkpoint.name)
+        kept = {name: getattr(progress, name) for name in ("loss_spikes", "skipped_steps", "seconds")}
+        kept["rollbacks"] = progress.rollbacks + 1
+        self._restore_training(checkpoint, self.store.read_state(checkpoint)["progress"] | kept)
+        self.recorder.rewind(progress.step)
 
     def check_replicas(self) -> None:
         """Raise ReplicasDiffer unless all ranks hold the same weights."""
         check_replicas(self.engine.weights(), self.collectives, step=self.progress.step)
 
-    def save(self) -> None:
-        """Write the checkpoint of this step."""
+    def save(self, *, last: bool = False) -> None:
+        """Write the checkpoint of this step, or begin to. The `last` one of a run must be there: its failure is an error."""
         started = time.perf_counter()
-        folder = self.store.save(
-            self.progress.step,
-            weights=self.engine.weights(),
-            layout=self.engine.weight_layout(),
-            optimizer=self.engine.optimizer_parts(),
-            random=random_state(),
-            state={
-                "progress": self.progress.state_dict(),
-                "data": merge_states(self.recorder.gather(self.loader.state_dict())),
-                "wandb": self.recorder.wandb.state_dict(),
-                "settings": self.settings,
-            },
-            files={"config.yaml": self.recorder.config_text.encode()}
-            | ({"tokenizer.model": self.tokenizer.model_bytes} if self.tokenizer else {}),
-        )
-        logger.info("checkpoint %s (%.1fs)", folder, time.perf_counter() - started)
+        self.activity.now(f"saving step {self.progress.step}")
+        state = {
+            "progress": self.progress.state_dict(),
+            "data": merge_states(self.recorder.gather(self._data_state)),
+            "wandb": self.recorder.wandb.state_dict(),
+            "settings": self.settings,
+        }
+        tokenizer = {"tokenizer.model": self.tokenizer.model_bytes} if self.tokenizer else {}
+        self._wait_for_save()
+        with store.failures_tolerated(self.config.checkpoint.on_error, last=last):
+            folder = self.store.save(
+                self.progress.step,
+                weights=self.engine.weights(),
+                layout=self.engine.weight_layout(),
+                optimizer=self.engine.optimizer_parts(),
+                random=random_state(),
+                state=state,
+                files={"config.yaml": self.recorder.config_text.encode()} | tokenizer,
+            )
+            if last:
+                self.store.wait()
+            logger.info("checkpoint %s (%.1fs)", folder, time.perf_counter() - started)
+
+    def _wait_for_save(self) -> None:
+        """Wait until a checkpoint that is written in the background is there."""
+        with store.failures_tolerated(self.config.checkpoint.on_error):
+            self.store.wait()
 
     # -------------------------------------------------------------------------------------------------------- the end
     @property
@@ -246,6 +342,7 @@ class Run:
 
     def summarise(self) -> None:
         """Draw the plot and say where things are and how to go on."""
+        self._wait_for_save()
         references = self._unigram_reference()
         if not self.ranks.is_main:
             return

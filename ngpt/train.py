@@ -50,7 +50,7 @@ def train(config: RunConfig, arguments: list[str]) -> int:
         if run.at_end and config.eval.at_end:
             run.evaluate()
         if config.checkpoint.at_end or not run.at_end:
-            run.save()
+            run.save(last=True)
         run.summarise()
         return run.exit_code
 

@@ -1,6 +1,6 @@
 """A save in a thread: the files of this rank, then, on rank 0, the publication, once all ranks have left word of theirs.
 
-They leave word on disk: no collective is called from the thread, as the ranks' threads would meet training's collectives in different orders.
+They leave word on disk: no collective is called from the thread, as each rank's would meet training's in another order.
 """
 
 from __future__ import annotations

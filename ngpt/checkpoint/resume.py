@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ngpt.checkpoint.tensor_file import CheckpointError
+from ngpt.config.redaction import redact_settings
 from ngpt.config.schema import RunConfig
 
 # Settings whose change would make the restored weights, optimizer state or data position mean something else. A prefix
@@ -42,8 +43,8 @@ class ResumeError(CheckpointError):
 
 
 def settings_of(config: RunConfig, *, tokenizer_fingerprint: str | None) -> dict[str, Any]:
-    """The configuration as a flat dict `group.key -> value`, and the tokenizer by content instead of by path."""
-    return dict(_flatten("", dataclasses.asdict(config))) | {"tokenizer.fingerprint": tokenizer_fingerprint}
+    """The configuration as a flat dict `group.key -> value` without secrets, and the tokenizer by content instead of by path."""
+    return dict(_flatten("", redact_settings(dataclasses.asdict(config)))) | {"tokenizer.fingerprint": tokenizer_fingerprint}
 
 
 def check_settings(saved: dict[str, Any], current: dict[str, Any], *, checkpoint: str) -> list[str]:

@@ -172,6 +172,19 @@ class TrainerConfig:
     compile: bool = setting(False, "compile the decoder blocks with torch.compile")
     peak_flops: Optional[float] = setting(None, "FLOP/s of one device for the MFU (null: known from its name, or measured)", above=0)
     max_nonfinite_steps: int = setting(10, "skipped updates in a row (loss or gradient not finite) after which the run stops", at_least=1)
+    on_spike: str = setting(
+        "log",
+        "a loss far above those before it. log: count it; skip: drop its update; rollback: go back to the last checkpoint, and on with "
+        "the batches that follow the spike",
+        choices=("log", "skip", "rollback"),
+    )
+    spike_window: int = setting(128, "losses by whose median and deviation a spike is told", at_least=8)
+    spike_deviations: float = setting(10.0, "standard deviations above the median that make a loss a spike", above=0)
+    max_rollbacks: int = setting(3, "times that spikes may send a run back before it stops", at_least=1)
+    hang_seconds: int = setting(
+        1800, "time without progress after which the stacks of all processes are written and the run stops (0: wait for ever)", at_least=0
+    )
+    deterministic: bool = setting(False, "only algorithms that give the same bits every time, on a GPU too; slower there")
 
 
 @dataclass
@@ -199,8 +212,17 @@ class EngineConfig:
 @dataclass
 class CheckpointConfig:
     every_steps: int = setting(1000, "steps between checkpoints (0: none on the way)", at_least=0)
-    keep: int = setting(3, "newest checkpoints kept", at_least=1)
+    keep: int = setting(3, "newest checkpoints kept; one that is broken does not count", at_least=1)
+    keep_every: int = setting(0, "checkpoints whose step is a multiple of this stay for ever (0: none)", at_least=0)
     at_end: bool = setting(True, "write one after the last step")
+    on_error: str = setting(
+        "warn",
+        "when a checkpoint cannot be written (full disk, ...): warn and train on, or stop; the last one of a run always stops",
+        choices=("warn", "stop"),
+    )
+    asynchronous: bool = setting(
+        False, "write in the background, from a copy in the CPU's memory: as much again as weights (on rank 0) and optimizer state"
+    )
 
 
 @dataclass
