@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from ngpt.config.optimizers import LoRAConfig
+from ngpt.config.redaction import redact_settings
 from ngpt.config.schema import RunConfig, steps_in_run
 from ngpt.data.train_loader import TrainLoader
 from ngpt.dist.collectives import Collectives
@@ -71,7 +72,7 @@ class Recorder:
         self._total_steps = steps_in_run(config.trainer)
         self._resumed_step = progress.step
         self._resources = ExitStack()
-        as_dict = dataclasses.asdict(config)
+        as_dict = redact_settings(dataclasses.asdict(config))  # for all that is written and sent
         self.config_text = yaml.safe_dump(as_dict, sort_keys=False)
         if self._is_main:
             (folder / "config.yaml").write_text(self.config_text, encoding="utf-8")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from ngpt.checkpoint import store
+from ngpt.config.redaction import redact_argument
 from ngpt.config.schema import RunConfig, steps_in_run
 from ngpt.loop.evaluate import EvalResult
 from ngpt.loop.train_loop import Progress
@@ -64,10 +65,10 @@ def summarise(
 def command(arguments: list[str], *, world_size: int = 1) -> str:
     """The command that starts a run with `arguments`, as a user would type it."""
     if world_size > 1:
-        return f"(with the launcher of this run) {shlex.join(['-m', 'ngpt.train', *arguments])}"
+        return f"(with the launcher of this run) {shlex.join(['-m', 'ngpt.train', *map(redact_argument, arguments)])}"
     interpreter = Path(sys.executable)
     shown = str(interpreter.relative_to(Path.cwd())) if interpreter.is_relative_to(Path.cwd()) else "python"
-    return shlex.join([shown, "-m", "ngpt.train", *arguments])
+    return shlex.join([shown, "-m", "ngpt.train", *map(redact_argument, arguments)])
 
 
 def arguments_for_more(config: RunConfig, arguments: list[str]) -> list[str]:

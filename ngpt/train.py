@@ -23,6 +23,7 @@ from ngpt.config.compose import (
     to_run_config,
     with_open_settings,
 )
+from ngpt.config.redaction import redact
 from ngpt.config.schema import RunConfig
 from ngpt.config.validate import ConfigError, validate
 from ngpt.dist.exit_codes import EXIT_USER_ERROR
@@ -57,6 +58,7 @@ def train(config: RunConfig, arguments: list[str]) -> int:
 
 def main() -> None:
     """Entry point: exits with the code of `train`, or with that of an error whose message says it all."""
+    os.umask(os.umask(0) | 0o002)  # nothing that a run writes can be changed by everybody on the machine
     arguments = strip_launcher_arguments(sys.argv[1:])
     try:
         world_size = ranks_from_environment().world_size
@@ -111,7 +113,7 @@ def _report(error: Exception, exit_code: int) -> int:
     if os.environ.get("RANK", "0") != "0":
         # A launcher ends all ranks as soon as the first one ends: leave rank 0 the time to speak. Its end ends this wait.
         time.sleep(SECONDS_FOR_RANK_0)
-    sys.stderr.write(f"\n{error}\n")
+    sys.stderr.write(f"\n{redact(str(error))}\n")
     sys.stderr.flush()
     return exit_code
 

@@ -11,17 +11,25 @@ from pathlib import Path
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ngpt.config.redaction import redact
 from ngpt.telemetry.metrics import Record
+
+
+class _Redacted(logging.Formatter):
+    """Log lines, and the tracebacks in them, without secrets: whatever a library puts into its messages."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
 
 
 def configure_logging(run_folder: Path, *, rank: int = 0) -> None:
     """Send messages of INFO and above to standard output and to `train.log`; of other ranks than 0, warnings to `train.rank-N.log`."""
     file = run_folder / ("train.log" if rank == 0 else f"train.rank-{rank}.log")
     handlers: list[logging.Handler] = [logging.FileHandler(file, encoding="utf-8", delay=rank > 0)]  # no file without a message
-    handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handlers[0].setFormatter(_Redacted("%(asctime)s %(message)s"))
     if rank == 0:
         handlers.append(logging.StreamHandler(sys.stdout))
-        handlers[1].setFormatter(logging.Formatter("%(message)s"))
+        handlers[1].setFormatter(_Redacted("%(message)s"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, handlers=handlers, force=True)
     for chatty in ("datasets", "httpx", "huggingface_hub", "fsspec", "filelock", "matplotlib", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
