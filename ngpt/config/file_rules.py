@@ -14,7 +14,6 @@ from ngpt.config.problems import problem
 from ngpt.config.schema import LocalC4DataConfig, RunConfig, TokenizedDataConfig
 from ngpt.config.suggest import nearest
 
-
 _LARGEST_MODEL_BYTES = 2**28  # the largest models known have some 10 MB; anything else must not be read into memory
 
 

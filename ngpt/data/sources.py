@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from ngpt.config.redaction import redact
 from ngpt.config.schema import BuiltinDataConfig, C4DataConfig, DataConfig, LocalC4DataConfig, TokenizedDataConfig
 from ngpt.data.builtin import BuiltinSource, standard_library_prose
 from ngpt.data.documents import DataError, DocumentSource, Split
@@ -25,7 +26,7 @@ def open_source(data: DataConfig, tokenizer: Tokenizer, retries: Retries) -> Doc
             return JsonLinesSource(train_files, expand_globs(list(data.val_files), option="data.val_files"), data.holdout_every)
         case C4DataConfig():
             open_split = partial(open_hub_dataset, data.repository, data.subset, data.revision)
-            name = f"{data.repository}/{data.subset}@{data.revision[:8]}"
+            name = redact(f"{data.repository}/{data.subset}@{data.revision[:8]}")  # it stands in every state of the data
             return HubSource(open_split, {"train": data.train_split, "eval": data.val_split}, name=name, retries=retries)
         case TokenizedDataConfig():
             stores = {split: open_token_store(data, split, tokenizer)[0] for split in ("train", "eval")}

@@ -7,23 +7,22 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ngpt.config.redaction import redact_argument
+
 PACKAGES = ("torch", "deepspeed", "datasets", "sentencepiece", "hydra-core", "wandb", "numpy", "safetensors")
-_SECRET = re.compile(r"(?i)((?:^|[._-])(?:key|token|secret|password|passwd|credentials?)=).+")
-_CREDENTIALS_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def write_manifest(path: Path, *, config: dict[str, Any], device: torch.device, argv: list[str], resumed_from: str | None) -> None:
     """Write `path`, or add this start to the ones already in it.
 
     The file holds `starts`, a list with one entry for each time the run was started: time (UTC), argv, config, versions, device,
-    git commit, and the checkpoint it continued from.
+    git commit, and the checkpoint it continued from. `config` has been redacted by the caller (`ngpt.config.redaction`).
     """
     starts: list[dict[str, Any]] = []
     if path.exists():
@@ -34,7 +33,7 @@ def write_manifest(path: Path, *, config: dict[str, Any], device: torch.device, 
     starts.append(
         {
             "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "argv": [redact(argument) for argument in argv],
+            "argv": [redact_argument(argument) for argument in argv],
             "resumed_from": resumed_from,
             "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
             "platform": platform.platform(),
@@ -56,11 +55,6 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     except (OSError, subprocess.SubprocessError):
         commit = os.environ.get("NGPT_COMMIT")
         return {"commit": commit, "modified": None} if commit else None
-
-
-def redact(argument: str) -> str:
-    """A command-line argument without the value of a secret and without credentials in a URL."""
-    return _CREDENTIALS_IN_URL.sub("***@", _SECRET.sub(r"\1***", argument))
 
 
 def _git(folder: Path, *arguments: str) -> str:

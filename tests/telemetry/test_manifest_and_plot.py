@@ -8,7 +8,8 @@ import subprocess
 import pytest
 import torch
 
-from ngpt.telemetry.manifest import git_state, redact, write_manifest
+from ngpt.config.redaction import redact_argument
+from ngpt.telemetry.manifest import git_state, write_manifest
 from ngpt.telemetry.plot import plot_run
 
 
@@ -46,7 +47,7 @@ def test_a_manifest_that_was_cut_off_does_not_stop_a_run(tmp_path):
     ],
 )
 def test_secrets_are_not_written(argument, shown):
-    assert redact(argument) == shown
+    assert redact_argument(argument) == shown
 
 
 def test_git_state_knows_a_modified_checkout_and_what_an_image_was_built_from(tmp_path, monkeypatch):
