@@ -122,7 +122,7 @@ def _groups(model: nn.Module, sharding: Sharding, setup: Setup) -> list[dict[str
     return low_rank_groups(model, rank=setup.rank, update_proj_gap=setup.gap, shape_of=sharding.shape)
 
 
-def _rounding(setup: Setup) -> dict[str, str]:
+def _rounding(setup: Setup) -> dict[str, Any]:
     return {} if setup.dtype == torch.float32 else {"rounding": "stochastic"}
 
 
@@ -252,7 +252,7 @@ def import_deepspeed(device: str) -> Any:
     from deepspeed.utils.logging import set_log_level_from_string
 
     set_log_level_from_string("warning")
-    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return deepspeed
 

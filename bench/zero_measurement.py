@@ -1,5 +1,7 @@
 """The measurements of bench/zero.py on one rank, and the processes in which they run."""
 
+# FileStore is torch's documented store; it is not in the __all__ of torch.distributed.
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 import contextlib
