@@ -6,6 +6,7 @@ rounds of all ranks match.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ from ngpt.dist.collectives import Collectives
 from ngpt.optim.sharding import Asking, Columns, Flat, Largest, OfFirst, Publish, Request, Sharding, Sum
 
 T = TypeVar("T")
+LARGE = 2**20  # elements of a weight that is gathered where it lies, by itself: sharing a collective costs four copies
 
 
 def run_together(
@@ -25,7 +27,7 @@ def run_together(
 
     Args:
         sharding: which part of each parameter this rank has.
-        wire: dtype in which columns of a direction may be sent.
+        wire: dtype in which directions and changes of weights are sent.
         over_ranks: sums are over all ranks, also where nothing is sharded: each rank holds a term of the gradient.
     """
     answering = _Answers(sharding, ranks, wire, shards=ranks if over_ranks or sharding.parts > 1 else Collectives.single())
@@ -81,22 +83,30 @@ class _Answers:
 
     def _flat(self, requests: dict[int, Flat]) -> dict[int, Tensor]:
         """Exchange columns of changes for flat slices of them."""
-        blocks = {number: Exchange(request, self._sharding, self._shards) for number, request in requests.items()}
+        if self._shards.size > 1:
+            rounded = {n: dataclasses.replace(request, value=request.value.to(self._wire)) for n, request in requests.items()}
+        else:
+            rounded = requests
+        blocks = {number: Exchange(request, self._sharding, self._shards) for number, request in rounded.items()}
         received: dict[int, list[Tensor]] = {number: [] for number in blocks}
-        for alike in _by_dtype({number: request.value for number, request in requests.items()}):
+        for alike in _by_dtype({number: request.value for number, request in rounded.items()}):
             to_send = [torch.cat([blocks[number].for_rank(rank).reshape(-1) for number in alike]) for rank in range(self._shards.size)]
             sizes = {number: blocks[number].sizes_from() for number in alike}
             arrived = self._shards.exchange(to_send, [sum(sizes[number][rank] for number in alike) for rank in range(self._shards.size)])
             for rank, joined in enumerate(arrived):
                 for number, piece in zip(alike, joined.split([sizes[number][rank] for number in alike]), strict=True):
                     received[number].append(piece)
-        return {number: block.assemble(received[number]) for number, block in blocks.items()}
+        return {number: block.assemble(received[number]).to(requests[number].value.dtype) for number, block in blocks.items()}
 
     def _publish(self, requests: dict[int, Publish]) -> dict[int, Tensor]:
         """Make weights whole again from everybody's flat slices, where they are kept whole."""
         if self._sharding.keeps_weights_whole and self._shards.size > 1:
             padded = {}
             for number, request in requests.items():
+                weight = request.parameter.detach()
+                if weight.numel() >= LARGE and weight.numel() % self._shards.size == 0:
+                    self._shards.spread_(weight.view(self._shards.size, -1))
+                    continue
                 room = request.value.new_zeros(-(-request.parameter.numel() // self._shards.size))
                 room[: len(request.value)] = request.value
                 padded[number] = room

@@ -171,7 +171,7 @@ def _state_sums(shape: Shape, settings: Mapping[str, Any], setup: Setup) -> Iter
     if settings["history"]:
         yield _Message(Sum, "sums", settings["history"], torch.float64)
     elif settings["fisher"] == "factored":
-        yield _Message(Sum, "sums", rank * rank, wide)
+        yield _Message(Sum, "sums", rank * (rank + 1) // 2, wide)
     if settings["moments"] == "adafactor":
         yield _Message(Sum, "sums", rank, wide)
     if settings["min_rank"] is not None:
@@ -201,14 +201,23 @@ def _update(shape: Shape, settings: Mapping[str, Any], setup: Setup, *, refresh:
     yield from _state_sums(shape, settings, setup)
     if not is_split:
         return
-    if whole:
-        yield _Message(Flat, "exchange", _sent_in_exchange(shape, setup), setup.arithmetic)
+    if whole or _lifts_columns(shape, settings, setup):
+        yield _Message(Flat, "exchange", _sent_in_exchange(shape, setup), setup.on_wire)
         yield publish
         return
     low = _rank_of(shape, settings) * setup.share(_width(shape, settings))
     yield _Message(Columns, "directions", low, setup.on_wire)
     if setup.stage == 3 or (settings["rounding"] == "master" and setup.dtype != setup.arithmetic):
         yield publish
+
+
+def _lifts_columns(shape: Shape, settings: Mapping[str, Any], setup: Setup) -> bool:
+    """As `LowRankAdamW._lifts_columns`."""
+    keeps_master = settings["rounding"] == "master" and setup.dtype != setup.arithmetic
+    if settings["proj_type"] == "full" or (setup.stage < 3 and not keeps_master):
+        return False
+    rows, columns = shape
+    return rows >= columns or setup.parts * settings["rank"] >= 2 * rows
 
 
 def _sent_in_exchange(shape: Shape, setup: Setup) -> int:
@@ -381,14 +390,12 @@ def gradient_bytes(layer: Sequence[tuple[Shape, Mapping[str, Any]]], setup: Setu
 def buffer_bytes(layers: Layers, setup: Setup) -> int:
     """The most bytes of gradients of all ranks together that wait on a rank for their sum.
 
-    Immediate updates have one layer in flight. Deferred ones wait for thin layers at the end of backward, for one whose full gradients
-    are summed before the next such layer comes. Where all of the sum stays on every rank it needs no buffer of its own.
+    Immediate updates have one layer in flight, deferred ones two. Where all of the sum stays on every rank it needs no buffer of its own.
     """
     if setup.parts == 1:
         return 0
-    full, thin = [0], []
+    sent = [0]
     for layer in layers:
         part = sum(_part_on_wire(shape, settings, setup) for shape, settings in layer) + len(layer)
-        keeps_matrices = any(len(shape) > 1 and keeps_full_gradient(settings) for shape, settings in layer)
-        (full if keeps_matrices else thin).append(setup.parts * part * setup.on_wire.itemsize)
-    return max(full + thin) if setup.immediate else max(full) + sum(thin)
+        sent.append(setup.parts * part * setup.on_wire.itemsize)
+    return max(sent) if setup.immediate else max(before + last for before, last in itertools.pairwise(sent))

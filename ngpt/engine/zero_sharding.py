@@ -154,6 +154,10 @@ class ShardedUpdates:
         self._next += 1
         self._run(layer.searches(), over_ranks=True)
         layer.start_reduction()
+        for other in self._layers[
+            max(0, self._next - 3) : self._next - 2
+        ]:  # two are on their way beside backward, buffers of the rest are free
+            other.collect()
         if self.immediate:
             self._update_layer(layer, guard=True)
 
@@ -397,8 +401,9 @@ class Layer:
         """Sum of the squares of this rank's parts, fp64, 0-dim."""
         if self._own is None:
             return torch.zeros((), dtype=torch.float64, device=self.params[0].device)
-        own = torch.cat([self._own[: self._counts.start], self._own[self._counts.stop :]])
-        return torch.linalg.vector_norm(own, dtype=torch.float64).square()
+        pieces = (self._own[: self._counts.start], self._own[self._counts.stop :])
+        squares = [torch.linalg.vector_norm(piece, dtype=compute_dtype(piece)).double().square() for piece in pieces]
+        return squares[0] + squares[1]
 
     def scale_(self, factor: float) -> None:
         assert self._own is not None

@@ -33,9 +33,14 @@ def allocate_factor(rank: int, like: Tensor) -> State:
     }
 
 
-def remember_(state: State, covariance_rr: Tensor, beta2: float) -> None:
-    """A <- b2 A + (1 - b2) C for the covariance C = R R'/b of a projected gradient."""
-    state["fisher_factor"].lerp_(_packed(covariance_rr), 1 - beta2)
+def covariance(low_rb: Tensor, width: int) -> Tensor:
+    """The upper triangle (r (r + 1) / 2) of C = R R'/b, for b = `width`. Of a part of the columns of R it is a part of the sum."""
+    return _packed(low_rb @ low_rb.mT) / width
+
+
+def remember_(state: State, covariance: Tensor, beta2: float) -> None:
+    """A <- b2 A + (1 - b2) C, for the triangle of `covariance`."""
+    state["fisher_factor"].lerp_(covariance, 1 - beta2)
 
 
 def find_root_(state: State, rank: int, beta2: float, t: int, damping: float) -> None:

@@ -396,7 +396,7 @@ class LowRankAdamW(AdamW):
             change = yield from self._change(p, reduced)
         if not self.sharding.is_split:
             self._change_whole(p, change, finite)
-        elif self.keeps_full_gradient(p):
+        elif self.keeps_full_gradient(p) or self._lifts_columns(p):
             self._change_slice(p, (yield Flat(change.columns(), p)), change.factor, finite)
             yield from self._publish(p)
         else:
@@ -410,6 +410,16 @@ class LowRankAdamW(AdamW):
                 elements = change.elements(*self.sharding.span(shape.numel()), shape)
                 self._change_slice(p, elements, change.factor, finite)
                 yield from self._publish(p)
+
+    def _lifts_columns(self, p: Tensor) -> bool:
+        """Whether to lift the columns that are here, and exchange them for a slice, rather than gather L and lift the slice.
+
+        A slice of a tall matrix is about its columns of the change: nothing is sent. Of a wide one 1/N of the matrix is.
+        """
+        if self.slot(p).group["proj_type"] == "full" or (self.sharding.keeps_weights_whole and "master" not in self.state[p]):
+            return False
+        rows, columns = self.sharding.shape(p)
+        return rows >= columns or self.sharding.parts * self._largest_rank(p, self.slot(p).group) >= 2 * rows
 
     def _change(self, p: Tensor, reduced: Tensor) -> Asking[Change]:
         """Update the state. Returns what is to become of the weight, of which these columns are here."""
@@ -466,8 +476,8 @@ class LowRankAdamW(AdamW):
                 gram = gram.to(history.device)
                 return natural_gradient.natural_gradient(history, gram, position, group["damping"]).to(low.dtype).view(low.shape)
             case "factored":
-                covariance_rr = yield Sum(low @ low.mT)
-                factored_fisher.remember_(state, covariance_rr / self._width(p, group), group["betas"][1])
+                covariance = yield Sum(factored_fisher.covariance(low, self._width(p, group)))
+                factored_fisher.remember_(state, covariance, group["betas"][1])
                 if (int(state["step"]) + self.slot(p).index) % factored_fisher.ROOT_INTERVAL == 0:
                     self._find_root(state, group, low.shape[0])
                 elif _moment_age(state) <= factored_fisher.ROOT_INTERVAL:

@@ -35,7 +35,7 @@ def random(*shape: int) -> Tensor:
 
 def factored() -> dict[str, Tensor]:
     state = factored_fisher.allocate_factor(4, torch.zeros(1))
-    factored_fisher.remember_(state, random(4, 9) @ random(4, 9).mT, 0.9)
+    factored_fisher.remember_(state, factored_fisher.covariance(random(4, 9), 1), 0.9)
     return state
 
 
@@ -82,7 +82,8 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]] =
     "diagonal_fisher.mean_squares": (diagonal_fisher.mean_squares, lambda: (random(6, 9), 9, torch.float32)),
     "diagonal_fisher.remember_": (diagonal_fisher.remember_, lambda: (diagonal(), random(6) ** 2, random(9) ** 2, 0.9)),
     "diagonal_fisher.scales": (diagonal_fisher.scales, lambda: ({key: value + 1 for key, value in diagonal().items()}, 0.9, 3, 1e-3)),
-    "factored_fisher.remember_": (factored_fisher.remember_, lambda: (factored(), random(4, 4), 0.9)),
+    "factored_fisher.covariance": (factored_fisher.covariance, lambda: (random(4, 9), 9)),
+    "factored_fisher.remember_": (factored_fisher.remember_, lambda: (factored(), random(10), 0.9)),
     "factored_fisher.find_root_": (factored_fisher.find_root_, lambda: (factored(), 4, 0.9, 3, 1e-3)),
     "factored_fisher.start_root_": (factored_fisher.start_root_, lambda: (factored(), 4, 0.9, 3)),
     "factored_fisher.apply_root": (factored_fisher.apply_root, lambda: (factored() | {"fisher_root": random(10)}, random(4, 9))),

@@ -283,7 +283,7 @@ def test_a_factored_root_makes_the_rows_uncorrelated_at_any_size(dtype: torch.dt
     low = size * torch.randn(4, 4).to(torch.float64) @ torch.randn(4, 50).to(torch.float64)
     state = factored_fisher.allocate_factor(4, torch.zeros(1, dtype=dtype))
     low = low.to(state["fisher_factor"].dtype)
-    factored_fisher.remember_(state, low @ low.mT / 50, 0.9)
+    factored_fisher.remember_(state, factored_fisher.covariance(low, 50), 0.9)
     factored_fisher.find_root_(state, 4, 0.9, 1, damping=1e-9)
     white = factored_fisher.apply_root(state, low)
     tolerance = {torch.bfloat16: 0.1, torch.float64: 1e-5}.get(dtype, 1e-2)
@@ -311,16 +311,16 @@ def test_a_bad_gradient_in_the_update_that_finds_a_root_is_skipped_or_shows_but_
 def test_a_factored_root_starts_with_the_first_gradient_that_shows_a_scale_and_not_before() -> None:
     state = factored_fisher.allocate_factor(3, torch.zeros(1))
     for t in (1, 2):
-        factored_fisher.remember_(state, torch.zeros(3, 3), 0.9)
+        factored_fisher.remember_(state, torch.zeros(6), 0.9)
         factored_fisher.start_root_(state, 3, 0.9, t)
         assert not state["fisher_root"].any()
     factored_fisher.find_root_(state, 3, 0.9, 2, 1e-3)
     assert not state["fisher_root"].any()
-    factored_fisher.remember_(state, 4.0 * torch.eye(3), 0.9)
+    factored_fisher.remember_(state, factored_fisher.covariance(2.0 * torch.eye(3), 1), 0.9)
     factored_fisher.start_root_(state, 3, 0.9, 1)
     expected = 0.5 * torch.ones(3, 1)
     torch.testing.assert_close(factored_fisher.apply_root(state, torch.ones(3, 1)), expected)
-    factored_fisher.remember_(state, 900.0 * torch.eye(3), 0.9)
+    factored_fisher.remember_(state, factored_fisher.covariance(30.0 * torch.eye(3), 1), 0.9)
     factored_fisher.start_root_(state, 3, 0.9, 2)  # it has started
     torch.testing.assert_close(factored_fisher.apply_root(state, torch.ones(3, 1)), expected)
 
