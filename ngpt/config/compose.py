@@ -288,7 +288,9 @@ def _experiment_problems(overrides: list[str]) -> Iterator[str]:
     chosen, _ = _group_choices(_parse(overrides))
     for name in chosen.pop("experiment", []):
         content = OmegaConf.load(CONF_DIR / "experiment" / f"{name}.yaml")
-        assert isinstance(content, DictConfig)
+        if not isinstance(content, DictConfig):
+            yield problem("experiment", name, "its file in conf/experiment holds no settings by name", "see quickstart.yaml there")
+            continue
         defaults = [entry for entry in content.pop("defaults", []) if isinstance(entry, DictConfig)]
         groups = {str(key).rpartition("/")[2]: [str(choice)] for entry in defaults for key, choice in entry.items()} | chosen
         config = _compose([f"{group}={choices[0]}" for group, choices in groups.items()])

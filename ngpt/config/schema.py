@@ -106,6 +106,7 @@ class TokenizedDataConfig(DataConfig):
     name: str = setting("tokenized", "source of the text (choose with data=...)", choices=("tokenized",))
     train_files: list[str] = setting([], "globs of folders (or their manifest.json) to train on")
     val_files: list[str] = setting([], "globs of folders (or their manifest.json) to evaluate on")
+    verify: bool = setting(True, "read all shards before training and compare their checksums: about a second per GB and process")
 
 
 @dataclass

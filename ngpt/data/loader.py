@@ -16,6 +16,7 @@ from ngpt.data.sources import open_source, open_token_store
 from ngpt.data.stream import TextBlocks, read_in_order
 from ngpt.data.synthetic import EOS_ID, PAD_ID, SyntheticBlocks, SyntheticLanguage
 from ngpt.data.token_rows import TokenizedRows
+from ngpt.data.token_shards import verify_shards
 from ngpt.data.tokenizer import Tokenizer
 from ngpt.data.train_loader import TrainLoader
 from ngpt.dist.ranks import Ranks
@@ -40,6 +41,8 @@ def build_train_loader(
     shape = _row_shape(data, tokenizer, seq_len)
     skipped = SkippedDocuments(data.max_bad_documents)
     retries = _retries(data)
+    if isinstance(data, TokenizedDataConfig) and data.verify:
+        verify_shards([*data.train_files, *data.val_files], ranks=ranks)
     executor = ThreadPoolExecutor(_READER_THREADS, thread_name_prefix="ngpt-read")
     text_streams: list[TextBlocks] = []
     if isinstance(data, SyntheticDataConfig):

@@ -11,8 +11,10 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -21,10 +23,13 @@ import numpy as np
 from ngpt.data.documents import JSON, DataError, Document, DocumentReader, Share, Split, StreamTally
 from ngpt.data.json_lines import expand_globs
 from ngpt.data.seeding import permutation
+from ngpt.dist.ranks import Ranks
 
 MANIFEST = "manifest.json"
 FORMAT = "ngpt-tokens-1"
 _SCANNED_TOKENS = 2**20
+_READ_TOKENS = 2**22
+_VERIFYING_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class Shard:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        if not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"sha256 is {self.sha256!r}, not 64 hexadecimal digits")
 
 
 @dataclass(frozen=True)
@@ -98,8 +105,13 @@ def read_manifest(path: str | Path) -> tuple[Path, Manifest]:
         record = json.loads((folder / MANIFEST).read_bytes())
         if record["format"] != FORMAT:
             raise DataError(f"{folder / MANIFEST}: format {record['format']!r}, not {FORMAT!r}; tokenise the text again")
+        if not isinstance(record["shards"], list):
+            raise ValueError("the shards are not a list")
         shards = tuple(Shard(**shard) for shard in record["shards"])
         manifest = Manifest(record["tokenizer"], record["vocab_size"], record["eos_id"], record["dtype"], shards)
+        wrong = {name: record.get(name) for name, total in manifest.totals().items() if record.get(name) != total}
+        if wrong:
+            raise ValueError(f"it says {wrong} of all shards, which is not their sum")
     except OSError as error:
         raise DataError(f"{folder / MANIFEST}: {error.strerror}; give folders that `python -m data_prep.tokenize` has finished") from error
     except DataError:
@@ -128,6 +140,44 @@ def shard_problem(folder: Path, manifest: Manifest, shard: Shard) -> str | None:
     if size != shard.bytes or size != shard.tokens * width:
         return f"{folder / shard.file}: {size} bytes, but the manifest says {shard.bytes} ({shard.tokens} tokens of {width} bytes)"
     return None
+
+
+def content_problems(folder: Path, manifest: Manifest, shard: Shard) -> list[str]:
+    """Everything that is wrong with a shard, all of which is read: size, checksum, ids outside the vocabulary, count of documents."""
+    problem = shard_problem(folder, manifest, shard)
+    if problem:
+        return [problem]
+    path = folder / shard.file
+    dtype = np.dtype(manifest.dtype).newbyteorder("<")
+    digest, documents, largest, last = hashlib.sha256(), 0, -1, manifest.eos_id
+    with open(path, "rb") as file:
+        while data := file.read(_READ_TOKENS * dtype.itemsize):
+            tokens = np.frombuffer(data, dtype)
+            digest.update(data)
+            documents += int(np.count_nonzero(tokens == manifest.eos_id))
+            largest, last = max(largest, int(tokens.max())), int(tokens[-1])
+    found = []
+    if digest.hexdigest() != shard.sha256:
+        found.append(f"{path}: the checksum is {digest.hexdigest()[:12]}..., the manifest says {shard.sha256[:12]}...")
+    if largest >= manifest.vocab_size:
+        found.append(f"{path}: token {largest} is outside the vocabulary of {manifest.vocab_size}")
+    if documents != shard.documents:
+        found.append(f"{path}: {documents} documents, the manifest says {shard.documents}")
+    if last != manifest.eos_id:
+        found.append(f"{path}: the last document is not closed by EOS ({manifest.eos_id})")
+    return found
+
+
+def verify_shards(patterns: list[str], *, ranks: Ranks) -> None:
+    """Read the shards of some folders, shared out among all ranks, and compare them with their manifests. Raises DataError."""
+    folders = map(read_manifest, expand_globs(patterns, option="data.train_files", suffixes=None))
+    shards = [(folder, manifest, shard) for folder, manifest in folders for shard in manifest.shards]
+    with ThreadPoolExecutor(_VERIFYING_THREADS) as pool:
+        by_shard = pool.map(lambda shard: content_problems(*shard), shards[ranks.rank :: ranks.world_size])
+        found = list(itertools.chain.from_iterable(by_shard))
+    if found:
+        more = f" (and {len(found) - 1} more problems)" if len(found) > 1 else ""
+        raise DataError(f"{found[0]}{more}; tokenise it again, and check the folder with `python -m data_prep.verify`")
 
 
 class TokenStore:
