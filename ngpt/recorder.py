@@ -14,7 +14,7 @@ import yaml
 
 from ngpt.config.optimizers import LoRAConfig
 from ngpt.config.redaction import redact_settings
-from ngpt.config.schema import RunConfig, steps_in_run
+from ngpt.config.schema import LoggerConfig, RunConfig, steps_in_run
 from ngpt.data.train_loader import TrainLoader
 from ngpt.dist.collectives import Collectives
 from ngpt.engine.base import Engine
@@ -87,8 +87,8 @@ class Recorder:
             self._resources.callback(self._jsonl.close)
         # W&B and the bar are there on other ranks too, and silent.
         self.wandb = WandbSink(
-            config.logger if self._is_main else dataclasses.replace(config.logger, wandb="disabled"),
-            run_name=config.run.name,
+            LoggerConfig(**as_dict["logger"] | ({} if self._is_main else {"wandb": "disabled"})),
+            run_name=as_dict["run"]["name"],
             run_folder=folder,
             run_config=as_dict,
             run_id=wandb_run_id,

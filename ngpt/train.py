@@ -23,7 +23,7 @@ from ngpt.config.compose import (
     to_run_config,
     with_open_settings,
 )
-from ngpt.config.redaction import redact
+from ngpt.config.redaction import redact, redact_argument
 from ngpt.config.schema import RunConfig
 from ngpt.config.validate import ConfigError, validate
 from ngpt.dist.exit_codes import EXIT_USER_ERROR
@@ -86,6 +86,7 @@ def _run_job(composed: DictConfig, arguments: list[str], world_size: int) -> int
         validate(config, world_size=world_size)
     except ConfigError as error:
         return _report(error, EXIT_USER_ERROR)
+    sys.argv[1:] = [redact_argument(argument) for argument in sys.argv[1:]]  # what libraries record of a process, as W&B does
     from ngpt.run import PeerLost, exit_code_of
 
     try:
