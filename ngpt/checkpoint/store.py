@@ -383,6 +383,9 @@ class CheckpointStore:
         with self._ranks.together():
             file = TensorFile(folder / RANDOM)
             rows = {name: file.read(name) for name in file.names}
+            for name, by_rank in rows.items():
+                if by_rank.ndim != 2 or not len(by_rank):
+                    raise CheckpointError(f"{file.path}: {name} is {tuple(by_rank.shape)}, not a row for each rank")
         return {name: by_rank[self._ranks.rank % len(by_rank)].clone() for name, by_rank in rows.items()}
 
     def _gather(self, value: Any) -> list[Any]:
@@ -428,7 +431,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """All that the checkpoint knows beside tensors. Raises CheckpointError where the file is missing or broken."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / STATE} cannot be read: {error}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{folder / STATE} does not hold a JSON object")

@@ -163,7 +163,7 @@ class TensorFile:
         """A whole tensor, on the CPU."""
         try:
             return self._file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, TypeError) as error:  # TypeError: an axis longer than torch can count
             raise CheckpointError(f"{self.path}: {name} cannot be read: {error}") from error
 
     def read_columns(self, name: str, start: int, stop: int) -> Tensor:
