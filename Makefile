@@ -4,6 +4,8 @@ VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=
 PYTEST_ARGS ?=
+# One test process for each core, at most four: tests use one thread each, and those of many ranks start four processes of their own.
+WORKERS ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 export PYTHON
 
 py := $(VENV)/bin/python
@@ -37,10 +39,10 @@ train: $(installed) $(tokenizer) ## train a small LLaMA with Natural GaLore on t
 	  "  $(py) -m ngpt.train experiment=c4_60m_natural_galore tokenizer.path=spiece.model"
 
 test: $(installed_dev) ## run all tests, slow ones last
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(py) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(py) -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 test-fast: $(installed_dev) ## run the tests that are not marked slow
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(py) -m pytest -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(py) -m pytest -m "not slow" $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(installed_dev) ## check the code with ruff
 	$(py) -m ruff check .
