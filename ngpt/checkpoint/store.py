@@ -384,7 +384,7 @@ class CheckpointStore:
             file = TensorFile(folder / RANDOM)
             rows = {name: file.read(name) for name in file.names}
             for name, by_rank in rows.items():
-                if by_rank.ndim != 2 or not len(by_rank):
+                if not by_rank.ndim or not len(by_rank):
                     raise CheckpointError(f"{file.path}: {name} is {tuple(by_rank.shape)}, not a row for each rank")
         return {name: by_rank[self._ranks.rank % len(by_rank)].clone() for name, by_rank in rows.items()}
 
