@@ -115,8 +115,13 @@ class Recorder:
         """Count an update, and record it if its step is one that is logged."""
         self._metrics.add(result)
         self._bar.update()
-        if not result.update.applied or result.update.skipped_matrices:
-            self._record_skipped(result)
+        if result.spike:
+            self._record_batches(result, "loss_spikes.jsonl", "loss spike" + ("" if result.update.applied else ", update skipped"))
+        elif not result.update.applied:
+            self._record_batches(result, "nonfinite_steps.jsonl", "update skipped")
+        elif result.update.skipped_matrices:
+            what = f"{result.update.skipped_matrices} matrices left out of the update"
+            self._record_batches(result, "nonfinite_steps.jsonl", what)
         regular = result.step in (1, self._total_steps) or due(self._config.logger.every_steps, result.step)
         if not regular and result.step != self._resumed_step + 1:
             return
@@ -134,6 +139,11 @@ class Recorder:
         record = eval_record(self._progress.step, self._progress.tokens, result, seconds=seconds)
         logger.info("%s", eval_line(record, total_steps=self._total_steps))
         self._publish(record)
+
+    def rewind(self, step: int) -> None:
+        """Drop the records past `step`, to which the run has gone back."""
+        if self._is_main:
+            self._jsonl.rewind(step)
 
     def gather(self, value: Any) -> list[Any]:
         """What each rank has, by rank; JSON-able."""
@@ -153,9 +163,9 @@ class Recorder:
         longest = max(of_rank["wait_seconds"] for of_rank in counters)
         return memory | {"peak_allocated_largest": max(peaks)}, added | {"wait_seconds": longest}
 
-    def _record_skipped(self, result: StepResult) -> None:
+    def _record_batches(self, result: StepResult, name: str, what: str) -> None:
+        """Say what was wrong with a step, and write the rows and documents of its batches to a file of that name."""
         update = result.update
-        what = f"{update.skipped_matrices} matrices left out of the update" if update.applied else "update skipped"
         identity = {
             "step": result.step,
             "what": what,
@@ -164,15 +174,18 @@ class Recorder:
             "batches": list(itertools.chain(*self.gather([batch.identity() for batch in result.batches]))),
         }
         if self._is_main:
-            with (self._folder / "nonfinite_steps.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(identity) + "\n")
+            try:
+                with (self._folder / name).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(identity) + "\n")
+            except OSError as error:
+                logger.warning("%s cannot be written: %s", self._folder / name, error)
         logger.warning(
-            "step %d: loss %s, gradient norm %s: %s (%d steps so far)",
+            "step %d: loss %s, gradient norm %s: %s (%d so far)",
             result.step,
             update.loss,
             update.grad_norm,
             what,
-            result.skipped_steps,
+            result.loss_spikes if result.spike else result.skipped_steps,
         )
 
     # ------------------------------------------------------------------------------------------------------- the start

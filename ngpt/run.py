@@ -322,6 +322,11 @@ class Run:
                 self.store.wait()
             logger.info("checkpoint %s (%.1fs)", folder, time.perf_counter() - started)
 
+    def save_before_error(self) -> None:
+        """Write the checkpoint of the last step that was finished, if there is one, before the run ends with an error of all ranks."""
+        if self.progress.step:
+            self.save(last=True)
+
     def _wait_for_save(self) -> None:
         """Wait until a checkpoint that is written in the background is there."""
         with store.failures_tolerated(self.config.checkpoint.on_error):

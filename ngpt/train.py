@@ -35,19 +35,26 @@ SECONDS_FOR_SPEAKER = 5
 
 def train(config: RunConfig, arguments: list[str]) -> int:
     """Train as `config` says. Returns the exit code (`ngpt.dist.exit_codes`): done, or stopped by a signal after saving."""
-    from ngpt.run import Run, due
+    from ngpt.run import DataError, Run, due
 
     with Run(config, arguments) as run:
         if run.at_end:
             return run.nothing_left()
-        for result in run.steps():
-            run.record(result)
-            if due(config.engine.check_replicas_every, result.step):
-                run.check_replicas()
-            if due(config.eval.every_steps, result.step) and not run.at_end:
-                run.evaluate()
-            if due(config.checkpoint.every_steps, result.step) and not run.at_end:
-                run.save()
+        try:
+            for result in run.steps():
+                run.record(result)
+                if result.spike and config.trainer.on_spike == "rollback":
+                    run.roll_back()
+                    continue
+                if due(config.engine.check_replicas_every, result.step):
+                    run.check_replicas()
+                if due(config.eval.every_steps, result.step) and not run.at_end:
+                    run.evaluate()
+                if due(config.checkpoint.every_steps, result.step) and not run.at_end:
+                    run.save()
+        except DataError:
+            run.save_before_error()
+            raise
         if run.at_end and config.eval.at_end:
             run.evaluate()
         if config.checkpoint.at_end or not run.at_end:

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 
@@ -14,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ngpt.dist.activity import Activity, HangWatch
 from ngpt.dist.collectives import Collectives
+from ngpt.dist.exit_codes import EXIT_PEER_LOST
 from ngpt.dist.ranks import LaunchError, Ranks
 from ngpt.dist.watch import PeerLost, Watch, is_collective_failure
 
@@ -41,6 +44,8 @@ def process_group(
     timeout_seconds: float,
     needed: bool = False,
     exit_code_of: Callable[[BaseException], int] = lambda error: 1,
+    activity: Activity | None = None,
+    hang_seconds: float = 0,
 ) -> Iterator[Collectives]:
     """The ranks of this launch as one group, over gloo on CPUs and NCCL on GPUs; no group for a process alone, unless it is `needed`.
 
@@ -51,16 +56,22 @@ def process_group(
         timeout_seconds: how long a collective waits for the slowest rank.
         needed: some part of the run works on process groups only.
         exit_code_of: with what this process is going to exit after an error, for the others to do the same.
+        activity: signs of progress of this process.
+        hang_seconds: time without one after which all processes write their stacks and end; 0 for never.
 
     Raises:
         LaunchError: the ranks did not find each other in time.
         PeerLost: another rank failed.
     """
+    activity = activity or Activity()
     if ranks.world_size == 1 and not needed:
-        yield Collectives()
+        with _hang_watch(activity, hang_seconds, None):
+            yield Collectives()
         return
     store = _store(ranks, timeout_seconds)
-    watch = None if ranks.world_size == 1 else Watch(dist.PrefixStore("watch", store.clone()), ranks, timeout_seconds=timeout_seconds)
+    watch = None if ranks.world_size == 1 else Watch(
+        dist.PrefixStore("watch", store.clone()), ranks, timeout_seconds=timeout_seconds, activity=activity
+    )
     backend = "nccl" if device.type == "cuda" else "gloo"
     at_end = False
     try:
@@ -73,7 +84,8 @@ def process_group(
         )
         collectives = Collectives()
         collectives.barrier(device)  # or a rank that fails at once would close its connections while others still make them
-        yield collectives
+        with _hang_watch(activity, hang_seconds, watch):
+            yield collectives
         if watch is not None:
             collectives.barrier(device)
         at_end = True
@@ -87,6 +99,49 @@ def process_group(
         # Early, for the others to notice: this breaks their connections. NCCL would wait for them; there it is the watch that tells them.
         if dist.is_initialized() and (backend == "gloo" or at_end):
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _hang_watch(activity: Activity, seconds: float, watch: Watch | None) -> Iterator[None]:
+    """Look for signs of progress while the body runs; a process alone ends itself where they stop."""
+
+    def end_alone() -> None:
+        activity.dump(f"no progress for {seconds:g} s")
+        sys.stderr.write(f"\nno progress for {seconds:g} s (trainer.hang_seconds): {activity.where()}\n")
+        sys.stderr.flush()
+        os._exit(EXIT_PEER_LOST)
+
+    if not seconds:
+        yield
+        return
+    hang_watch = HangWatch(activity, seconds, end_alone if watch is None else lambda: watch.hang(seconds))
+    try:
+        yield
+    finally:
+        hang_watch.close()
+
+
+@contextlib.contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """Where `wanted`, have torch choose only algorithms that give the same bits every time, and refuse what has none.
+
+    To be entered before anything runs on a GPU: cuBLAS reads its variable when it starts.
+    """
+    if not wanted:
+        yield
+        return
+    before, workspace = torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    benchmark = torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.backends.cudnn.benchmark = benchmark
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
 def _end_after(error: BaseException, watch: Watch, exit_code_of: Callable[[BaseException], int]) -> None:

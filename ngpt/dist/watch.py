@@ -9,11 +9,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import psutil
 import torch.distributed as dist
 
+from ngpt.dist.activity import WAITING, Activity
 from ngpt.dist.exit_codes import EXIT_PEER_LOST
 from ngpt.dist.ranks import Ranks
 
@@ -44,6 +45,7 @@ class Watch:
     Args:
         store: of the process group; used from another thread, so give a connection of its own.
         timeout_seconds: silence after which a rank counts as lost.
+        activity: what this process is doing, for the others to say when it is lost, and for its stacks to be written when one hangs.
         end_process: what ends this process when its main thread cannot.
     """
 
@@ -53,6 +55,7 @@ class Watch:
         ranks: Ranks,
         *,
         timeout_seconds: float,
+        activity: Activity | None = None,
         beat_seconds: float = _BEAT_SECONDS,
         grace_seconds: float = _GRACE_SECONDS,
         end_process: Callable[[int], None] = os._exit,
@@ -60,6 +63,8 @@ class Watch:
         self._store = store
         self._ranks = ranks
         self._timeout = timeout_seconds
+        self._activity = activity or Activity()
+        self._wrote_stacks = False
         self._beat_seconds = beat_seconds
         self._grace = grace_seconds
         self._end_process = end_process
@@ -97,12 +102,22 @@ class Watch:
             text = "the store of the process group is gone: rank 0, the launcher or the first machine has died"
             return PeerLost(f"{text}\n  {_first_line(error)}", speaks=self._ranks.rank <= 1)
         if silent:
-            self._report(f"{_names(silent)} died or was stopped: no sign of life", EXIT_PEER_LOST, silent)
+            self._report(f"{_names(silent)} died or was stopped: no sign of life{self._last_words(silent)}", EXIT_PEER_LOST, silent)
         elif late:
-            self._report(f"{_names(late)} did not come to a collective within {self._timeout:g} s", EXIT_PEER_LOST, late)
+            text = f"{_names(late)} did not come to a collective within {self._timeout:g} s"
+            self._report(text + _lines(self._places_of_all(text)), EXIT_PEER_LOST, late)
         else:
             self._report(f"a collective failed on all ranks: {_first_line(error)}", EXIT_PEER_LOST, [])
         return self._failure() or PeerLost(str(error), speaks=True)
+
+    def hang(self, seconds: float) -> None:
+        """Have all ranks write their stacks, and end them with a message that says where each is; who waits for others is not to blame."""
+        with contextlib.suppress(RuntimeError):  # of the store, with which the other ranks have ended
+            places = self._places_of_all(f"no progress for {seconds:g} s")
+            busy = [rank for rank, place in places.items() if WAITING not in place]
+            lost = busy if len(busy) < len(places) else []
+            text = f"{_names(lost or list(places))} made no progress for {seconds:g} s (trainer.hang_seconds)"
+            self._report(text + _lines(places), EXIT_PEER_LOST, lost)
 
     # ------------------------------------------------------------------------------------------------------ the thread
     def _run(self) -> None:
@@ -114,6 +129,7 @@ class Watch:
                 signal.raise_signal(signal.SIGTERM)
             try:
                 self._beat()
+                self._write_stacks_if_asked()
                 self._look_after_others()
                 failure = self._failure()
             except RuntimeError:  # the store is gone, and with it what a thread could do: collectives fail or time out by themselves
@@ -130,7 +146,13 @@ class Watch:
 
     def _beat(self) -> None:
         self._beats += 1
-        self._store.set(f"beat/{self._ranks.rank}", str(self._beats))
+        self._store.set(f"beat/{self._ranks.rank}", f"{self._beats} {self._activity.text}")
+
+    def _write_stacks_if_asked(self) -> None:
+        if not self._wrote_stacks and self._store.check(["stacks"]):
+            self._wrote_stacks = True
+            self._store.set(f"place/{self._ranks.rank}", self._activity.where())
+            self._activity.dump(self._store.get("stacks").decode())
 
     def _look_after_others(self) -> None:
         now, lost = time.monotonic(), []
@@ -142,12 +164,26 @@ class Watch:
             elif now - self._seen[rank][1] > self._timeout:
                 lost.append(rank)
         if lost:
-            self._report(f"{_names(lost)} died or was stopped: no sign of life for {self._timeout:g} s", EXIT_PEER_LOST, lost)
+            text = f"{_names(lost)} died or was stopped: no sign of life for {self._timeout:g} s{self._last_words(lost)}"
+            self._report(text, EXIT_PEER_LOST, lost)
 
     # ------------------------------------------------------------------------------------------------------- the store
     def _beats_of_all(self) -> list[bytes]:
         keys = [f"beat/{rank}" for rank in range(self._ranks.world_size)]
         return [self._store.get(key) if self._store.check([key]) else b"" for key in keys]
+
+    def _last_words(self, lost: Sequence[int]) -> str:
+        beats = self._beats_of_all()
+        words = {rank: beats[rank].decode().partition(" ")[2] for rank in lost}
+        return "".join(f" (rank {rank} was last seen in: {text})" for rank, text in words.items() if text)
+
+    def _places_of_all(self, why: str) -> dict[int, str]:
+        """Ask all ranks for their stacks; where each is, of those that answer in time."""
+        self._store.compare_set("stacks", "", why)
+        ranks, deadline = range(self._ranks.world_size), time.monotonic() + self._grace
+        while not self._store.check([f"place/{rank}" for rank in ranks]) and time.monotonic() < deadline:
+            time.sleep(self._beat_seconds / 4)
+        return {rank: self._store.get(f"place/{rank}").decode() for rank in ranks if self._store.check([f"place/{rank}"])}
 
     def _report(self, text: str, exit_code: int, lost: Sequence[int]) -> None:
         speaker = min(set(range(self._ranks.world_size)) - set(lost), default=0)
@@ -177,6 +213,10 @@ def is_collective_failure(error: BaseException) -> bool:
 
 def _names(ranks: Sequence[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+def _lines(places: Mapping[int, str]) -> str:
+    return "".join(f"\n  rank {rank}: {place}" for rank, place in places.items())
 
 
 def _first_line(error: BaseException) -> str:

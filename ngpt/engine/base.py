@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,7 +20,7 @@ class UpdateOutcome:
     `loss` is the mean loss of the global batch. `grad_norm` is the global L2 norm of the gradient before clipping and
     `applied_grad_norm` that of what the update is made from, which clipping limits: under per-layer updates, projected matrices
     count there in their subspace (docs/math.md). `lr` is the rate of the first parameter group. `applied` is False where the loss
-    or the gradient was not finite and nothing was changed; `skipped_matrices` counts those left out of an immediate update.
+    or the gradient was not finite, or the loss too high, and nothing was changed; `skipped_matrices` counts those left out of an immediate update.
     `gradient_bytes` are the gradients and accumulators that were alive before the update.
     """
 
@@ -58,8 +59,11 @@ class Engine(Protocol):
         """
         ...
 
-    def finish_update(self, loss: Tensor) -> UpdateOutcome:
-        """Clip and apply the accumulated gradient, or drop it where it or `loss` (a scalar) is not finite."""
+    def finish_update(self, loss: Tensor, *, max_loss: float = math.inf) -> UpdateOutcome:
+        """Clip and apply the accumulated gradient, or drop it where it or `loss` (a scalar) is not finite, or the loss above `max_loss`.
+
+        Updates that take place inside backward cannot be dropped for `max_loss`.
+        """
         ...
 
     def evaluate(self, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -87,11 +87,12 @@ class UpdateCycle:
         self._gradients.backward(loss_sum / self._loss_divisor)
         return loss_sum.detach()
 
-    def finish_update(self, loss: Tensor) -> UpdateOutcome:
+    def finish_update(self, loss: Tensor, *, max_loss: float = math.inf) -> UpdateOutcome:
         gradient_bytes = self._gradients.live_bytes()
         loss_value, norm, applied_norm, skipped = self._gradients.scalars(loss).tolist()  # the one synchronisation of a step
         # Where the update took place in backward, matrices with a gradient that is not finite were left out there, one by one.
-        applied = math.isfinite(loss_value) and (self._gradients.immediate or math.isfinite(applied_norm))
+        immediate = self._gradients.immediate
+        applied = math.isfinite(loss_value) and (immediate or (loss_value <= max_loss and math.isfinite(applied_norm)))
         if not applied:
             self._gradients.discard()
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,17 +48,28 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan
 
 
-def evaluate(engine: Engine, batches: Sequence[Batch], token_bytes: Tensor | None, collectives: Collectives) -> EvalResult:
+def evaluate(
+    engine: Engine,
+    batches: Sequence[Batch],
+    token_bytes: Tensor | None,
+    collectives: Collectives,
+    *,
+    on_batch: Callable[[], None] = lambda: None,
+) -> EvalResult:
     """Evaluate the model on the batches of all ranks.
 
     Args:
         batches: this rank's, as many as any other's: engines may communicate in each of them, so none is left out, labels or not.
         token_bytes: (vocab,) UTF-8 bytes that each token stands for, or None.
+        on_batch: called before each batch, as a sign of progress.
 
     Raises:
         ValueError: there is no label at all.
     """
-    loss_sums = [engine.evaluate(batch.model_inputs()) for batch in batches]  # read once at the end: no synchronisation per batch
+    loss_sums = []  # read once at the end: no synchronisation per batch
+    for batch in batches:
+        on_batch()
+        loss_sums.append(engine.evaluate(batch.model_inputs()))
     labelled = [(loss_sum.item(), batch) for loss_sum, batch in zip(loss_sums, batches, strict=True) if batch.num_label_tokens]
     of_this_rank = [
         sum(loss_sum for loss_sum, _ in labelled),

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging.handlers import WatchedFileHandler
 from pathlib import Path
 
 from tqdm import tqdm
@@ -22,10 +23,21 @@ class _Redacted(logging.Formatter):
         return redact(super().format(record))
 
 
+class _LastingFileHandler(WatchedFileHandler):
+    """A log file that begins again where it, or its folder, is removed; no message is worth the run."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+            super().emit(record)
+        except OSError:
+            self.handleError(record)
+
+
 def configure_logging(run_folder: Path, *, rank: int = 0) -> None:
     """Send messages of INFO and above to standard output and to `train.log`; of other ranks than 0, warnings to `train.rank-N.log`."""
     file = run_folder / ("train.log" if rank == 0 else f"train.rank-{rank}.log")
-    handlers: list[logging.Handler] = [logging.FileHandler(file, encoding="utf-8", delay=rank > 0)]  # no file without a message
+    handlers: list[logging.Handler] = [_LastingFileHandler(file, encoding="utf-8", delay=rank > 0)]  # no file without a message
     handlers[0].setFormatter(_Redacted("%(asctime)s %(message)s"))
     if rank == 0:
         handlers.append(logging.StreamHandler(sys.stdout))

@@ -16,6 +16,7 @@ from ngpt.loop.train_step import StepResult
 
 GIB = 2**30
 Record = dict[str, float | int | None]
+_SHORTEST_SECONDS = 1e-9  # of an interval: a clock that stands still must not divide by zero
 
 # Dense bf16 peak of the tensor cores, FLOP/s, as printed in the vendors' data sheets (the figure without sparsity), by words of the
 # device's name. Older cards have no bf16 in theirs and are measured.
@@ -68,7 +69,7 @@ class StepMetrics:
             communication: bytes that this rank sent to others since the last record, by what for; empty without others.
         """
         update = result.update
-        steps, seconds = len(self._step_seconds), sum(self._step_seconds)
+        steps, seconds = len(self._step_seconds), max(sum(self._step_seconds), _SHORTEST_SECONDS)
         tokens_per_second = self._tokens / seconds
         per_device = tokens_per_second / self._world_size
         record: Record = {
@@ -76,6 +77,8 @@ class StepMetrics:
             "tokens": result.tokens,
             "train/loss": _finite(update.loss),
             "train/perplexity": _finite(perplexity(update.loss)),
+            "train/loss_spikes": result.loss_spikes,
+            "train/rollbacks": result.rollbacks,
             "optim/lr": update.lr,
             "optim/grad_norm": _finite(update.grad_norm),
             "optim/applied_grad_norm": _finite(update.applied_grad_norm),

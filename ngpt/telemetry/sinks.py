@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import secrets
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,86 +16,163 @@ from ngpt.telemetry.metrics import Record
 
 logger = logging.getLogger(__name__)
 
+_INIT_SECONDS = 60
+_FINISH_SECONDS = 60
+
 
 class JsonlSink:
-    """`metrics.jsonl`: one flat JSON object a line. A resumed run first drops the records past its checkpoint, so none comes twice."""
+    """`metrics.jsonl`: one flat JSON object a line. A resumed run first drops the records past its checkpoint, so none comes twice.
+
+    A record that cannot be written (the disk is full, the folder was removed) is kept and written with the next one that can: training
+    goes on, with one warning.
+    """
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
-        kept = [line for line in _lines(path) if _step(line) <= resume_step]
-        temporary = path.with_suffix(".tmp")
+        self._path = path
+        self._waiting: list[str] = []
+        self._warned = False
+        self.rewind(resume_step)
+
+    def rewind(self, step: int) -> None:
+        """Drop all records past `step`."""
+        if hasattr(self, "_file"):
+            self._file.close()
+        kept = [line for line in _lines(self._path) if _step(line) <= step]
+        temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        temporary.replace(self._path)
+        self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
-        """Append one record; it is in the file, though not yet forced to disk, when this returns."""
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        """Append one record; it is in the file, though not yet forced to disk, when this returns without a warning."""
+        self._waiting.append(json.dumps(record, allow_nan=False) + "\n")
+        try:
+            if not self._is_there():
+                logger.warning("%s was removed while the run goes on; it begins again with the next record", self._path)
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file.close()
+                self._file = self._path.open("a", encoding="utf-8")
+            while self._waiting:
+                os.write(self._file.fileno(), self._waiting[0].encode())
+                del self._waiting[0]
+            self._warned = False
+        except OSError as error:
+            if not self._warned:
+                logger.warning("%s cannot be written (%s); training goes on, and records wait in memory", self._path, error)
+            self._warned = True
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
 
 
 class WandbSink:
-    """One W&B run, continued under the same id after a resume. Every failure is logged once and ends the sink, not the training."""
+    """One W&B run, continued under the same id after a resume. No failure of W&B ends the training.
+
+    A server that cannot be reached, is too slow or refuses the key is warned of once, and the run is logged offline instead.
+    """
 
     def __init__(self, config: LoggerConfig, *, run_name: str, run_folder: Path, run_config: dict[str, Any], run_id: str | None) -> None:
         self.run_id = run_id or secrets.token_hex(4)
         self._run: Any = None
+        self._mode = config.wandb
+        self._settings = {
+            "project": config.project or os.environ.get("WANDB_PROJECT", "ngpt"),
+            "entity": config.entity or os.environ.get("WANDB_ENTITY"),
+            "group": config.group,
+            "tags": list(config.tags),
+            "name": run_name,
+            "id": self.run_id,
+            "resume": "allow",
+            "dir": str(run_folder),
+            "config": run_config,
+        }
         if config.wandb == "disabled":
             return
         try:
             import wandb
 
-            mode: Any = config.wandb
             # prompt=False: a job in a queue must not wait for somebody to type a key.
-            if mode == "online" and not wandb.login(prompt=False, verify=False):
+            if self._mode == "online" and not wandb.login(prompt=False, verify=False):
                 logger.warning(
                     "W&B: no API key found (run `wandb login` or set WANDB_API_KEY); logging offline, upload later with `wandb sync`"
                 )
-                mode = "offline"
-            self._run = wandb.init(
-                mode=mode,
-                project=config.project or os.environ.get("WANDB_PROJECT", "ngpt"),
-                entity=config.entity or os.environ.get("WANDB_ENTITY"),
-                group=config.group,
-                tags=list(config.tags),
-                name=run_name,
-                id=self.run_id,
-                resume="allow",
-                dir=str(run_folder),
-                config=run_config,
-                settings=wandb.Settings(init_timeout=60, silent=True, console="off", save_code=False),
-            )
-            self._run.define_metric("step")
-            self._run.define_metric("*", step_metric="step")
+                self._mode = "offline"
+            self._start()
         except Exception as error:  # whatever W&B raises, the run goes on
-            self._give_up("start", error)
+            self._fall_back("start", error)
 
     def write(self, record: Record) -> None:
         """Send one record; its own `step` is the x axis, so that a resumed run may pass a step again."""
         if self._run is None:
             return
+        values = {name: value for name, value in record.items() if value is not None}
         try:
-            self._run.log({name: value for name, value in record.items() if value is not None})
+            self._run.log(values)
         except Exception as error:
-            self._give_up("log", error)
+            self._fall_back("log", error)
+            if self._run is not None:
+                self._run.log(values)
 
     def close(self, *, exit_code: int) -> None:
-        """End the W&B run; anything but 0 shows it as crashed or stopped."""
+        """End the W&B run; anything but 0 shows it as crashed or stopped. A server that does not answer is not waited for for ever."""
         if self._run is None:
             return
-        try:
-            self._run.finish(exit_code=exit_code)
-        except Exception as error:
-            self._give_up("finish", error)
+        failures: list[Exception] = []
+
+        def finish() -> None:
+            try:
+                self._run.finish(exit_code=exit_code)
+            except Exception as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=finish, name="ngpt-wandb", daemon=True)
+        thread.start()
+        thread.join(timeout=_FINISH_SECONDS)
+        if thread.is_alive():
+            failures.append(TimeoutError(f"no answer in {_FINISH_SECONDS:g} s; upload later with `wandb sync`"))
+        if failures:
+            self._give_up("finish", failures[0])
 
     def state_dict(self) -> dict[str, Any]:
         return {"run_id": self.run_id}
 
+    def _start(self) -> None:
+        import wandb
+
+        mode: Any = self._mode
+        settings = wandb.Settings(init_timeout=_INIT_SECONDS, silent=True, console="off", save_code=False)
+        self._run = wandb.init(mode=mode, settings=settings, **self._settings)
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def _fall_back(self, what: str, error: Exception) -> None:
+        """Log offline from here on, or not at all where that fails too."""
+        if self._mode != "online":
+            return self._give_up(what, error)
+        self._mode, self._run = "offline", None
+        try:
+            self._start()
+        except Exception:  # what went wrong first says more
+            return self._give_up(what, error)
+        logger.warning(
+            "W&B could not %s (%s); training goes on, logging offline: upload later with `wandb sync`", what, _first_line(error)
+        )
+        return None
+
     def _give_up(self, what: str, error: Exception) -> None:
         self._run = None
-        logger.warning("W&B could not %s (%s: %s); training goes on, metrics.jsonl has everything", what, type(error).__name__, error)
+        logger.warning("W&B could not %s (%s); training goes on, metrics.jsonl has everything", what, _first_line(error))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _lines(path: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import SimpleNamespace
 
@@ -46,9 +47,9 @@ class FakeEngine:
         self.updates[-1].seen += 1
         return inputs["loss_sum"]
 
-    def finish_update(self, loss: Tensor) -> UpdateOutcome:
+    def finish_update(self, loss: Tensor, *, max_loss: float = math.inf) -> UpdateOutcome:
         self.updates[-1].loss = loss.item()
-        applied = bool(torch.isfinite(loss))
+        applied = bool(torch.isfinite(loss)) and loss.item() <= max_loss
         return UpdateOutcome(loss.item(), 1.0, 1.0, lr=0.1, applied=applied, skipped_matrices=self.skipped_matrices, gradient_bytes=12)
 
     def evaluate(self, inputs: Mapping[str, Tensor]) -> Tensor:

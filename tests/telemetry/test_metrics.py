@@ -46,6 +46,8 @@ def test_the_promised_names_and_units(metrics):
         "optim/lr": 1e-3,
         "optim/grad_norm": 0.5,
         "optim/applied_grad_norm": 0.25,
+        "train/loss_spikes": 0,
+        "train/rollbacks": 0,
         "optim/skipped_steps": 0,
         "throughput/tokens_per_sec": 200.0,
         "throughput/tokens_per_sec_per_device": 100.0,
