@@ -63,11 +63,13 @@ def test_verify_names_what_is_broken_and_exits_with_1(run, capsys):
 def test_list_does_not_read_contents_and_tells_unfinished_from_broken(run, capsys):
     flip(run, 1)
     assert main(["list", str(run)]) == 0
+    capsys.readouterr()
     (run / "checkpoints/step-0000003" / COMPLETE).unlink()
     (run / "checkpoints/step-0000002/state.json").write_text("")
     assert main(["list", str(run)]) == 1
-    states = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[-7:]]
-    assert states[1:5] == ["complete", "UNFINISHED", "BROKEN", "complete"] or "UNFINISHED" in states
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines[:5]] == ["state", "complete", "UNFINISHED", "BROKEN", "complete"]
+    assert [line.split()[0] for line in lines[5:]] == ["!", "!"]
 
 
 def test_prune_keeps_the_newest_good_ones(run, capsys):

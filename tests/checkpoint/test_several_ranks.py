@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import resource
+import shutil
 import sys
 
 import pytest
@@ -9,7 +12,9 @@ import torch
 import torch.distributed as dist
 
 from ngpt.checkpoint import store as store_module
-from ngpt.checkpoint.store import CheckpointError, CheckpointStore
+from ngpt.checkpoint.integrity import Manifest
+from ngpt.checkpoint.store import CheckpointError, CheckpointStore, share_of
+from ngpt.checkpoint.tensor_file import FileRecord
 from ngpt.dist.collectives import Collectives
 from ngpt.optim.state import StatePart
 
@@ -170,3 +175,105 @@ def test_state_that_does_not_fit_on_one_rank_changes_nothing_on_any(tmp_path, pa
         assert "rank 1: " in message
         assert "w: the saved exp_avg is torch.float32 (4, 10), this optimizer keeps torch.float32 (4, 11)" in message
         assert parts["w/step"].values.item() == 7
+
+
+# ------------------------------------------------------------------------------------------------------------------- faults
+ALL_FILES = [
+    "model.safetensors",
+    "optimizer-00000-of-00002.safetensors",
+    "optimizer-00001-of-00002.safetensors",
+    "random.safetensors",
+    "state.json",
+    "manifest.json",
+    ".complete",
+]
+
+
+def fall_back_from_each(folders):
+    """What every rank goes on from, where each of the folders has one broken file."""
+    return [open_store(folder).newest_good() for folder in folders]
+
+
+def save_with_a_limit_on_rank_1(folder, layouts, step, largest):
+    if dist.get_rank() == 0:
+        return save(folder, layouts, step)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
+    try:
+        return save(folder, layouts, step)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def save_what_is_not_finite(folder, layouts):
+    """Rank 1's part of a master weight has a NaN in it."""
+    parts = dict(layouts[dist.get_rank()])
+    parts["w/master"] = parts.pop("w/exp_avg")
+    if dist.get_rank() == 1:
+        parts["w/master"].values[0, 0] = float("nan")
+    with pytest.raises(CheckpointError) as error:
+        save_all(folder, parts)
+    return str(error.value), open_store(folder).newest_good()
+
+
+def save_all(folder, parts):
+    open_store(folder).save(2, weights=gathered_weights(), layout=LAYOUT, optimizer=parts, random={"torch": torch.zeros(5)}, state={})
+
+
+def refused_start(folder):
+    if dist.get_rank() == 1:
+        folder = folder / "a file" / "checkpoints"
+    with pytest.raises(CheckpointError) as error:
+        open_store(folder).check_writable()
+    return str(error.value)
+
+
+def test_a_broken_file_of_any_rank_makes_all_ranks_fall_back_together(tmp_path, parts_kit, state, on_ranks):
+    layouts = parts_kit.layout(state, 2)
+    for step in (1, 2):
+        on_ranks(2, save, tmp_path / "good", layouts, step)
+    folders = [shutil.copytree(tmp_path / "good", tmp_path / name) for name in ALL_FILES]
+    for folder in folders:
+        path = folder / "step-0000002" / folder.name
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    assert sorted(path.name for path in (folders[0] / "step-0000002").iterdir()) == sorted(ALL_FILES)
+    expected = [folder / "step-0000001" for folder in folders]
+    assert on_ranks(2, fall_back_from_each, folders) == [expected] * 2
+    assert on_ranks(3, fall_back_from_each, folders) == [expected] * 3
+    assert on_ranks(2, fall_back_from_each, [tmp_path / "good"]) == [[tmp_path / "good" / "step-0000002"]] * 2
+
+
+def test_a_file_that_may_not_grow_on_one_rank_fails_the_save_of_all(tmp_path, parts_kit, state, on_ranks):
+    layouts = parts_kit.layout(state, 2)
+    on_ranks(2, save, tmp_path, layouts, 1)
+    failed = on_ranks(2, save_with_a_limit_on_rank_1, tmp_path, layouts, 2, 100)
+    assert failed == [("OSError", errno.EFBIG, f"[Errno {errno.EFBIG}] rank 1: File too large")] * 2
+    assert on_ranks(2, fall_back_from_each, [tmp_path]) == [[tmp_path / "step-0000001"]] * 2
+    assert not list(tmp_path.glob(".step-*"))
+    assert on_ranks(2, save, tmp_path, layouts, 3) == [None, None]
+
+
+def test_weights_that_are_not_finite_on_one_rank_are_saved_by_none(tmp_path, parts_kit, state, on_ranks):
+    layouts = parts_kit.layout(state, 2)
+    on_ranks(2, save, tmp_path, layouts, 1)
+    for message, newest in on_ranks(2, save_what_is_not_finite, tmp_path, layouts):
+        assert "rank 1: w/master has NaN or infinity in it" in message
+        assert newest == tmp_path / "step-0000001"
+
+
+def test_a_folder_that_one_rank_cannot_write_to_is_refused_on_all(tmp_path, on_ranks):
+    (tmp_path / "a file").write_text("")
+    messages = on_ranks(2, refused_start, tmp_path)
+    assert "rank 1: Not a directory" in messages[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 9])
+def test_each_file_is_verified_by_one_rank_and_none_has_much_more_to_read_than_others(ranks):
+    sizes = {"model.safetensors": 100, "state.json": 1} | {f"optimizer-{rank:05d}-of-00008.safetensors": 40 for rank in range(8)}
+    manifest = Manifest("run", 1, 8, {name: FileRecord(size, "") for name, size in sizes.items()})
+    shares = [share_of(manifest, rank, ranks) for rank in range(ranks)]
+    assert sorted(name for share in shares for name in share) == sorted(sizes)
+    loads = [sum(sizes[name] for name in share) for share in shares]
+    assert max(loads) <= sum(sizes.values()) / ranks + 100
