@@ -20,7 +20,8 @@ class UpdateOutcome:
     `loss` is the mean loss of the global batch. `grad_norm` is the global L2 norm of the gradient before clipping and
     `applied_grad_norm` that of what the update is made from, which clipping limits: under per-layer updates, projected matrices
     count there in their subspace (docs/math.md). `lr` is the rate of the first parameter group. `applied` is False where the loss
-    or the gradient was not finite, or the loss too high, and nothing was changed; `skipped_matrices` counts those left out of an immediate update.
+    or the gradient was not finite, or the loss too high, and nothing was changed; `skipped_matrices` counts those left out of an
+    immediate update.
     `gradient_bytes` are the gradients and accumulators that were alive before the update.
     """
 

@@ -365,8 +365,9 @@ class LowRankAdamW(AdamW):
         if "history" in state:
             yield from self._rotate_history(p, changes_there)
         if "fisher_factor" in state:
-            factored_fisher.rotate_factor_(state, changes[0])
-            self._find_root(state, group, changes[0].shape[0])
+            across, *_ = changes
+            factored_fisher.rotate_factor_(state, across)
+            self._find_root(state, group, across.shape[0])
 
     def _rotate_history(self, p: Tensor, changes: tuple[Tensor, ...]) -> Asking[None]:
         """h <- C h, or C h C_long' if both sides are projected, and the Gram matrix anew."""
