@@ -117,11 +117,12 @@ def test_the_usual_launchers_start_one_process(tmp_path, launcher):
 
 
 @pytest.mark.slow
-def test_several_processes_are_refused_with_the_way_out(tmp_path):
+def test_several_processes_are_refused_by_the_engine_for_one_with_the_way_out(tmp_path):
     command = ["torchrun", "--standalone", "--nproc_per_node", "2", "-m", "ngpt.train"]
-    done = call(tmp_path, str(SCRIPTS / command[0]), *command[1:], *TINY, "trainer.max_steps=2")
+    done = call(tmp_path, str(SCRIPTS / command[0]), *command[1:], *TINY, "trainer.max_steps=2", "engine=local")
     assert done.returncode != 0
     assert done.stderr.count("trains on one process") == 1
+    assert "set engine=auto" in done.stderr
     assert not (tmp_path / "runs").exists()
 
 

@@ -132,7 +132,7 @@ def test_a_run_writes_what_the_pages_promise(tmp_path, draws):
         "train.log",
         "checkpoints",
     }
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest", "step-0000006", "step-0000008"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest", "run-id", "step-0000006", "step-0000008"]
     assert yaml.safe_load((folder / "config.yaml").read_text())["optimizer"]["rank"] == 8
     assert json.loads((folder / "manifest.json").read_text())["starts"][0]["config"]["seed"] == 0
     rows = records(tmp_path)
