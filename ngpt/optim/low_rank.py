@@ -350,7 +350,7 @@ class LowRankAdamW(AdamW):
         state["refreshes"] += 1
         return True
 
-    def _rotate(self, p: Tensor, changes: tuple[Tensor, ...]) -> Asking[None]:
+    def _rotate(self, p: Tensor, changes: Sequence[Tensor]) -> Asking[None]:
         state, group = self.state[p], self.slot(p).group
         shape = torch.Size((changes[0].shape[1], self._own_columns(p, group)))
         values = moments.read_moments(group["moments"], state, shape)
@@ -365,11 +365,10 @@ class LowRankAdamW(AdamW):
         if "history" in state:
             yield from self._rotate_history(p, changes_there)
         if "fisher_factor" in state:
-            across, *_ = changes
-            factored_fisher.rotate_factor_(state, across)
-            self._find_root(state, group, across.shape[0])
+            factored_fisher.rotate_factor_(state, changes[0])
+            self._find_root(state, group, changes[0].shape[0])
 
-    def _rotate_history(self, p: Tensor, changes: tuple[Tensor, ...]) -> Asking[None]:
+    def _rotate_history(self, p: Tensor, changes: Sequence[Tensor]) -> Asking[None]:
         """h <- C h, or C h C_long' if both sides are projected, and the Gram matrix anew."""
         history, gram = self.state[p]["history"], self.state[p]["gram"]
         if len(changes) == 1:
