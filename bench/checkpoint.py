@@ -2,7 +2,7 @@
 
     python -m bench.checkpoint --gigabytes 1 --rounds 5 --folder /tmp
 
-Contents are noise of the given size: a third weights and two thirds optimizer state, in tensors of 16 MB. The ways take turns. torch.save is
+Contents are noise of the given size: a third weights, two thirds optimizer state, in tensors of 16 MB. The ways take turns. torch.save is
 given the same tensors and forced to disk too, but hashes nothing. Prints the medians, for bench/RECORDS.md.
 """
 
