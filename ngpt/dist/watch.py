@@ -132,7 +132,8 @@ class Watch:
                 self._write_stacks_if_asked()
                 self._look_after_others()
                 failure = self._failure()
-            except RuntimeError:  # the store is gone, and with it what a thread could do: collectives fail or time out by themselves
+            except RuntimeError:
+                self._wait_without_store()
                 return
             if failure is None:
                 continue
@@ -143,6 +144,14 @@ class Watch:
                     sys.stderr.flush()
                 self._end_process(failure.exit_code)
                 return
+
+    def _wait_without_store(self) -> None:
+        """The store is gone, and rank 0 with it: collectives fail by themselves, and a main thread that is in none is ended."""
+        seconds = 2 * self._grace if self._wrote_stacks else self._timeout
+        if not self._stop.wait(seconds):
+            sys.stderr.write(f"\nrank {self._ranks.rank}: rank 0 has ended and this process goes on: {self._activity.where()}\n")
+            sys.stderr.flush()
+            self._end_process(EXIT_PEER_LOST)
 
     def _beat(self) -> None:
         self._beats += 1
@@ -175,7 +184,8 @@ class Watch:
     def _last_words(self, lost: Sequence[int]) -> str:
         beats = self._beats_of_all()
         words = {rank: beats[rank].decode().partition(" ")[2] for rank in lost}
-        return "".join(f" (rank {rank} was last seen in: {text})" for rank, text in words.items() if text)
+        seen = "".join(f"; rank {rank} was last seen in: {text}" for rank, text in words.items() if text)
+        return f"{seen}; rank {self._ranks.rank} was in: {self._activity.text}"  # a sign of life is a second old, this is not
 
     def _places_of_all(self, why: str) -> dict[int, str]:
         """Ask all ranks for their stacks; where each is, of those that answer in time."""
