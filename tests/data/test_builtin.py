@@ -83,7 +83,7 @@ def test_this_python_has_enough_prose() -> None:
     paragraphs = text.split("\n")
     assert len(paragraphs) == len(set(paragraphs)), "no paragraph twice"
     assert "\n>>> " not in text
-    assert sum(map(str.isascii, paragraphs)) > 0.99 * len(paragraphs)
+    assert sum(map(str.isascii, paragraphs)) > 0.98 * len(paragraphs)  # which Python it is moves it by half a percent
     assert standard_library_prose() == documents, "the cache gives the same documents"
 
 

@@ -27,11 +27,15 @@ def test_a_signal_is_recorded_with_its_exit_code_and_handlers_are_restored(numbe
 
 
 def test_a_second_ctrl_c_interrupts():
-    with stop_on_signals() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop()
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell start with it ignored
+    try:
+        with stop_on_signals() as stop:
             os.kill(os.getpid(), signal.SIGINT)
+            assert stop()
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_second_sigterm_kills():
