@@ -203,6 +203,17 @@ def _immediate_updates(config: RunConfig, world_size: int) -> Iterator[str]:
         yield problem(path, "immediate", rule, f"set {path}=deferred or trainer.grad_clip=0")
 
 
+@_rule("trainer.on_spike")
+def _loss_spikes(config: RunConfig, world_size: int) -> Iterator[str]:
+    on_spike = config.trainer.on_spike
+    if on_spike == "skip" and config.optimizer.apply == "immediate":
+        rule = "cannot drop an update that optimizer.apply=immediate has made inside backward"
+        yield problem("trainer.on_spike", on_spike, rule, "set trainer.on_spike=log or rollback, or optimizer.apply=deferred")
+    if on_spike == "rollback" and not config.checkpoint.every_steps:
+        rule = "needs a checkpoint to go back to, and checkpoint.every_steps = 0 writes none on the way"
+        yield problem("trainer.on_spike", on_spike, rule, "set checkpoint.every_steps=1000")
+
+
 @_rule("optimizer.update_proj_gap")
 def _stagger(config: RunConfig, world_size: int) -> Iterator[str]:
     optimizer = config.optimizer

@@ -161,9 +161,7 @@ class WandbSink:
             self._start()
         except Exception:  # what went wrong first says more
             return self._give_up(what, error)
-        logger.warning(
-            "W&B could not %s (%s); training goes on, logging offline: upload later with `wandb sync`", what, _first_line(error)
-        )
+        logger.warning("W&B could not %s (%s); training goes on, logging offline: upload later with `wandb sync`", what, _first_line(error))
         return None
 
     def _give_up(self, what: str, error: Exception) -> None:

@@ -90,6 +90,4 @@ def same_bits(first, second):
 @pytest.fixture
 def parts_kit():
     """The functions above."""
-    return SimpleNamespace(
-        Whole=Whole, cuts=cuts, layout=layout, blank=blank, values_of=values_of, same_bits=same_bits
-    )
+    return SimpleNamespace(Whole=Whole, cuts=cuts, layout=layout, blank=blank, values_of=values_of, same_bits=same_bits)

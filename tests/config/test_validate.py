@@ -153,6 +153,16 @@ RULES = {
         "optimizer.apply = immediate: changes weights inside backward, so an update must be one micro-batch, here it is 32; "
         "set optimizer.apply=deferred, or trainer.micro_batch_size=512",
     ),
+    "spikes that immediate updates cannot skip": (
+        {"optimizer.apply": "immediate", "trainer.micro_batch_size": 512, "trainer.on_spike": "skip"},
+        "trainer.on_spike = skip: cannot drop an update that optimizer.apply=immediate has made inside backward; "
+        "set trainer.on_spike=log or rollback, or optimizer.apply=deferred",
+    ),
+    "spikes without a checkpoint to go back to": (
+        {"trainer.on_spike": "rollback", "checkpoint.every_steps": 0},
+        "trainer.on_spike = rollback: needs a checkpoint to go back to, and checkpoint.every_steps = 0 writes none on the way; "
+        "set checkpoint.every_steps=1000",
+    ),
     "immediate updates and clipping": (
         {"optimizer.apply": "immediate", "trainer.micro_batch_size": 512, "trainer.grad_clip": 1.0},
         "optimizer.apply = immediate: cannot clip by the global norm, no gradient waits for the others (trainer.grad_clip = 1.0); "

@@ -195,7 +195,7 @@ def test_the_lock_of_another_machine_is_kept_while_it_beats_and_taken_over_when_
     with only_run_in(tmp_path, beat_seconds=0.1):
         assert json.loads(lock.read_text())["pid"] == os.getpid()
     lock.write_text('{"pid": 7, "host": "elsewhere", "beats": 3}')
-    writer = f"import time; time.sleep(0.5); open({str(lock)!r}, 'w').write('{{\"pid\": 7, \"host\": \"elsewhere\", \"beats\": 4}}')"
+    writer = f'import time; time.sleep(0.5); open({str(lock)!r}, \'w\').write(\'{{"pid": 7, "host": "elsewhere", "beats": 4}}\')'
     with (
         subprocess.Popen([sys.executable, "-c", writer]),
         pytest.raises(FolderInUse, match="process 7 on elsewhere"),
