@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ngpt.optim import complement, diagonal_fisher, factored_fisher, moments, natural_gradient, rotation
 from ngpt.optim.adamw import BASIS_STREAM, COUNTERS, MOMENT_STREAM, ROTATION_STREAM, AdamW, store_weight_, unchanged_unless
+from ngpt.optim.change import Bases, Change
 from ngpt.optim.hyper_parameters import PROJECTION_KEYS, check_matrix, complete_parts
 from ngpt.optim.projection import at_size_one, basis_and_energies, cheap_basis, lift_onto_, project, search_basis, short_side_first
 from ngpt.optim.rounding import generator_for
@@ -22,61 +22,6 @@ from ngpt.optim.storage import SIGNED, compute_dtype, zeros
 GOLDEN_RATIO = 0.6180339887498949
 FIRST_TURNS = 20  # updates over which a staggered run spreads the first search for the bases of its matrices
 CONVERGENCE_INTERVAL = 10  # updates between two looks at whether the projected gradient has converged: a look waits for the device
-
-Bases = tuple[Tensor, ...]  # (a, r) of the short side; where both sides are projected, (b, r) of the long side too
-
-
-@dataclass(frozen=True)
-class Change:
-    """What an update adds to a weight, or to some of its columns, the short side first.
-
-    factor (P L + X diag(columns)), P L Q' where both sides are projected, L where nothing is; or factor diag(rows) X, where `rows` are
-    given. X (a, b) is `full`.
-    """
-
-    bases: Bases
-    low: Tensor | None
-    factor: float
-    full_ab: Tensor | None = None
-    columns_b: Tensor | None = None
-    rows_a: Tensor | None = None
-
-    def add_to_(self, weight_ab: Tensor, factor: float) -> None:
-        """W <- W + factor (...) in place. The change itself is never formed."""
-        if self.full_ab is not None and self.rows_a is not None:
-            weight_ab.addcmul_(self.full_ab, self.rows_a[:, None], value=factor)
-        if self.full_ab is not None and self.columns_b is not None:
-            weight_ab.addcmul_(self.full_ab.to(weight_ab.dtype), self.columns_b, value=factor)
-        if self.low is not None and self.bases:
-            lift_onto_(weight_ab, self.bases[0], self._low_of_short_side(self.low), factor)
-        elif self.low is not None:
-            weight_ab.add_(self.low, alpha=factor)
-
-    def columns(self) -> Tensor:
-        """The change of these columns without its factor, (a, b)."""
-        wide = self.full_ab if self.low is None else self.low
-        assert wide is not None
-        short = self.bases[0].shape[0] if self.bases else wide.shape[0]
-        matrix_ab = torch.zeros(short, wide.shape[1], dtype=wide.dtype, device=wide.device)
-        self.add_to_(matrix_ab, 1.0)
-        return matrix_ab
-
-    def elements(self, start: int, stop: int, shape: Sequence[int]) -> Tensor:
-        """Elements [start, stop) of a change of all columns without its factor and X, in the row-major order of a weight of this shape."""
-        assert self.low is not None
-        rows, columns = shape
-        first, last = start // columns, -(-stop // columns)
-        low_rb, basis_ar = self._low_of_short_side(self.low), self.bases[0]
-        if rows < columns:
-            lifted = basis_ar[first:last].to(low_rb.dtype) @ low_rb
-        else:
-            lifted = low_rb[:, first:last].mT @ basis_ar.to(low_rb.dtype).mT
-        return lifted.reshape(-1)[start - first * columns : stop - first * columns]
-
-    def _low_of_short_side(self, low: Tensor) -> Tensor:
-        for basis_br in self.bases[1:]:
-            low = low.to(basis_br.dtype) @ basis_br.mT
-        return low
 
 
 class LowRankAdamW(AdamW):

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ngpt.dist.collectives import Collectives
+from ngpt.engine.layer_gradients import Layer
 from ngpt.engine.lock_step import Exchange, run_together
-from ngpt.engine.zero_sharding import Layer, ShardedUpdates, ZeroSharding, layers_of
+from ngpt.engine.zero_sharding import ShardedUpdates, ZeroSharding, layers_of
 from ngpt.optim import AdamW, AdaRankGrad, GaLore, NaturalGaLore, low_rank_groups
 from ngpt.optim.per_layer_hook import attach
 from ngpt.optim.projection import short_side_first
