@@ -66,7 +66,7 @@ class Collectives:
         if self.size == 1:
             return Reduction(parts[0], None, parts)
         self._count(parts.nbytes)
-        if self._is_gloo:  # whose reduce-scatter is an all-reduce of a copy, five times slower
+        if self._is_gloo:  # whose reduce-scatter is an all-reduce of a copy
             received = torch.empty_like(parts)
             work = dist.all_to_all_single(received.view(-1), parts.view(-1), group=self._group, async_op=True)
             return Reduction(received, work, parts, of_rows=True)
@@ -94,7 +94,7 @@ class Collectives:
         if self.size == 1:
             return parts
         self._count(parts.nbytes)
-        if self._is_gloo:  # whose all-gather is four times slower than a broadcast of every row
+        if self._is_gloo:  # whose all-gather is slower than a broadcast of every row
             works = [dist.broadcast(row, group_src=rank, group=self._group, async_op=True) for rank, row in enumerate(parts)]
             for work in works:
                 assert work is not None
