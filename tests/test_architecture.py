@@ -24,9 +24,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loop": {"config", "dist", "data", "engine"},
     "telemetry": {"config", "dist", "loop"},
     "checkpoint": {"config", "dist", "optim", "loop"},
+    "planning": {"config", "model", "optim", "engine"},
+    "report": {"config"},
 }
 DATA_PREP_MAY_IMPORT = {"config", "data"}
-COMMANDS = {"ngpt.train", "ngpt.plan", "ngpt.evaluate", "ngpt.generate", "ngpt.export", "ngpt.compare"}  # nobody imports these
+COMMANDS = {"ngpt.train", "ngpt.plan", "ngpt.evaluate", "ngpt.generate", "ngpt.export", "ngpt.compare", "ngpt.report.__main__"}  # nobody imports these
 ONLY_IN = {
     "deepspeed": {"ngpt/engine/deepspeed_engine.py"},
     "hydra": {"ngpt/config/compose.py", "ngpt/train.py"},
