@@ -1,0 +1,1 @@
+"""Reports: the histories of runs read back, and told in one HTML page and one Markdown file."""
