@@ -18,12 +18,20 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ngpt.config import command_line
 from ngpt.data.atomic import atomic_file
 from ngpt.data.documents import DataError, Share, SkippedDocuments
 from ngpt.data.json_lines import JsonLinesSource, expand_globs
 from ngpt.data.stream import read_in_order
 from ngpt.data.token_shards import MANIFEST, Manifest, Shard, smallest_dtype
 from ngpt.data.tokenizer import Tokenizer
+from ngpt.dist.exit_codes import EXIT_USER_ERROR
+
+EXAMPLES = """
+python -m data_prep.tokenize --files 'c4/*.json.gz' --tokenizer spiece.model --out tokens
+python -m data_prep.tokenize --files a.jsonl 'b/*.json.zst' --tokenizer tokenizer.model --out tokens --workers 8
+
+then train with data=tokenized data.train_files='[tokens]'"""
 
 
 def tokenize_file(source: str, target: Path, tokenizer: Tokenizer, max_bad_documents: int) -> Shard:
@@ -164,7 +172,7 @@ def _check_bad_documents(shards: dict[int, Shard], job: Job) -> None:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.tokenize", description="Tokenise text to shards; restart it to continue.")
+    parser = command_line.parser("Tokenise text to shards; restart it to continue.", EXAMPLES, prog="python -m data_prep.tokenize")
     parser.add_argument("--files", nargs="+", required=True, metavar="GLOB", help="*.json.gz, *.jsonl, *.json.zst: objects with `text`")
     parser.add_argument("--tokenizer", required=True, metavar="PATH", help="a SentencePiece .model file")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the shards and their manifest.json")
@@ -183,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         manifest = tokenize(job, arguments.workers)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return EXIT_USER_ERROR
     seconds = time.perf_counter() - began
     totals = manifest.totals()
     print(f"{arguments.out}: {len(manifest.shards)} shards of {manifest.dtype} in {seconds:.1f} s")

@@ -12,11 +12,19 @@ from pathlib import Path
 
 import sentencepiece
 
+from ngpt.config import command_line
 from ngpt.data.atomic import atomic_file
 from ngpt.data.builtin import standard_library_prose
 from ngpt.data.documents import DataError, Document, Share, SkippedDocuments
 from ngpt.data.json_lines import JsonLinesSource, expand_globs
 from ngpt.data.tokenizer import Tokenizer
+from ngpt.dist.exit_codes import EXIT_USER_ERROR
+
+EXAMPLES = """
+python -m data_prep.train_tokenizer --files 'text/*.jsonl' --vocab-size 16000 --out tokenizer.model
+python -m data_prep.train_tokenizer --builtin --vocab-size 4096 --out tokenizer.model
+
+then train with tokenizer.path=tokenizer.model model.vocab_size=16000"""
 
 _LONGEST_PIECE_OF_TEXT = 4000
 # The sums of the trainer depend on the number of threads: a fixed one gives the same model on every machine.
@@ -72,7 +80,7 @@ def _paragraphs(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.train_tokenizer", description="Train a SentencePiece tokenizer.")
+    parser = command_line.parser("Train a SentencePiece tokenizer.", EXAMPLES, prog="python -m data_prep.train_tokenizer")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--files", nargs="+", metavar="GLOB", help="text: *.json.gz, *.jsonl, *.json.zst, one object with `text` a line")
     text.add_argument("--builtin", action="store_true", help="the English prose of Python's standard library")
@@ -97,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = Tokenizer(train_tokenizer((document.text for document in documents), arguments.vocab_size))
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return EXIT_USER_ERROR
     with atomic_file(arguments.out) as out:
         out.write(tokenizer.model_bytes)
     _report(tokenizer, documents, Path(arguments.out), time.perf_counter() - began)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from ngpt.config import command_line
 from ngpt.data.documents import DataError
 from ngpt.data.token_shards import Manifest, content_problems, read_manifest
+
+EXAMPLES = """
+python -m data_prep.verify tokens
+python -m data_prep.verify tokens/train tokens/val
+
+exit codes: 0 all is as the manifest says, 1 something is not"""
 
 
 def problems(folder: Path, manifest: Manifest) -> list[str]:
@@ -17,7 +23,7 @@ def problems(folder: Path, manifest: Manifest) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns 0 if every folder is sound."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.verify", description="Check token shards against their manifest.")
+    parser = command_line.parser("Check token shards against their manifest.", EXAMPLES, prog="python -m data_prep.verify")
     parser.add_argument("folders", nargs="+", metavar="DIR", help="folders written by data_prep.tokenize")
     failed = False
     for name in parser.parse_args(argv).folders:

@@ -27,8 +27,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planning": {"config", "model", "optim", "engine"},
     "report": {"config"},
 }
-DATA_PREP_MAY_IMPORT = {"config", "data"}
-COMMANDS = {"ngpt.train", "ngpt.plan", "ngpt.evaluate", "ngpt.generate", "ngpt.export", "ngpt.compare", "ngpt.report.__main__"}  # nobody imports these
+DATA_PREP_MAY_IMPORT = {"config", "dist", "data"}
+# Nobody imports these.
+COMMANDS = {"ngpt.train", "ngpt.plan", "ngpt.evaluate", "ngpt.generate", "ngpt.export", "ngpt.compare", "ngpt.report.__main__"}
 ONLY_IN = {
     "deepspeed": {"ngpt/engine/deepspeed_engine.py"},
     "hydra": {"ngpt/config/compose.py", "ngpt/train.py"},

@@ -12,15 +12,16 @@ from pathlib import Path
 from ngpt.checkpoint import retention
 from ngpt.checkpoint.integrity import is_complete, problems, read_manifest, step_folders, step_of
 from ngpt.checkpoint.tensor_file import CheckpointError
+from ngpt.config import command_line
 from ngpt.dist.exit_codes import EXIT_USER_ERROR
 
 EXIT_BAD = 1  # some checkpoint is not what was saved
-EPILOG = """examples:
-  python -m ngpt.checkpoint list runs/c4_60m                  what there is; contents are not read
-  python -m ngpt.checkpoint verify runs/c4_60m                read all files and compare them with what was saved
-  python -m ngpt.checkpoint verify runs/c4_60m/checkpoints/step-0001000
-  python -m ngpt.checkpoint prune runs/c4_60m --keep 2 --dry-run
-  python -m ngpt.checkpoint prune runs/c4_60m --keep 2 --keep-every 10000
+EXAMPLES = """
+python -m ngpt.checkpoint list runs/c4_60m                  what there is; contents are not read
+python -m ngpt.checkpoint verify runs/c4_60m                read all files and compare them with what was saved
+python -m ngpt.checkpoint verify runs/c4_60m/checkpoints/step-0001000
+python -m ngpt.checkpoint prune runs/c4_60m --keep 2 --dry-run
+python -m ngpt.checkpoint prune runs/c4_60m --keep 2 --keep-every 10000
 
 exit codes: 0 all is well, 1 a checkpoint is broken or unfinished (verify, list) or none is good (prune), 2 there are none"""
 UNKNOWN = "no manifest"
@@ -38,16 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m ngpt.checkpoint",
-        description="Look after the checkpoints of a run.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.parser("Look after the checkpoints of a run.", EXAMPLES, prog="python -m ngpt.checkpoint")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: Callable[[argparse.Namespace], int], text: str, target: str = "run folder") -> argparse.ArgumentParser:
-        own = commands.add_parser(name, help=text, description=text, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+        own = commands.add_parser(name, help=text, description=text, epilog=parser.epilog, formatter_class=parser.formatter_class)
         own.add_argument("run", type=Path, metavar="RUN", help=target)
         own.set_defaults(command=command)
         return own

@@ -72,7 +72,7 @@ def test_the_same_text_gives_the_same_tokenizer(text: Path, model: Path, tmp_pat
 
 def test_a_vocabulary_too_large_for_the_text_is_refused(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "none.model"
-    assert train_tokenizer.main(["--files", str(text / "*.json.gz"), "--vocab-size", "30000", "--out", str(out)]) == 1
+    assert train_tokenizer.main(["--files", str(text / "*.json.gz"), "--vocab-size", "30000", "--out", str(out)]) == 2
     message = capsys.readouterr().err
     assert "--vocab-size=30000" in message
     assert "value <= " in message
@@ -157,7 +157,7 @@ def test_a_finished_folder_is_not_overwritten(
     text: Path, model: Path, tmp_path: Path, run_here: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_here(text, model, tmp_path / "tokens") == 0
-    assert run_here(text, model, tmp_path / "tokens") == 1
+    assert run_here(text, model, tmp_path / "tokens") == 2
     assert "finished set of shards already" in capsys.readouterr().err
 
 
@@ -168,7 +168,7 @@ def test_bad_documents_are_counted_up_to_the_limit(
         with gzip.open(text / f"part-{shard}.json.gz", "at") as out:
             out.write("broken\n" + json.dumps({"text": ""}) + "\n")
     for _ in range(2):  # once more: every shard is finished by now, and what they skipped still counts
-        assert run_here(text, model, tmp_path / "strict", "--max-bad-documents", "1") == 1
+        assert run_here(text, model, tmp_path / "strict", "--max-bad-documents", "1") == 2
         assert "2 bad documents, more than --max-bad-documents=1" in capsys.readouterr().err
     assert not (tmp_path / "strict" / "manifest.json").exists()
     assert run_here(text, model, tmp_path / "patient", "--max-bad-documents", "2") == 0
