@@ -1,28 +1,104 @@
-"""Sections as one HTML page that needs no other file and no network."""
+"""Sections as one HTML page that needs no other file, no script and no network, in a light and a dark mode, for large and small screens."""
 
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Sequence
 
-from ngpt.report.parts import Section, Table
+from ngpt.report.numbers import numbers_of
+from ngpt.report.parts import Bars, Chart, Grid, Legend, Part, Section, Table
+from ngpt.report.style import STYLE
+from ngpt.report.svg import bars_svg, chart_svg, grid_svg, sample_svg
+
+PICTURES = (Chart, Bars, Grid)
 
 
-def html_page(title: str, sections: Sequence[Section]) -> str:
-    """The page; everything that comes from a run is escaped."""
-    body = "\n".join(_section(section) for section in sections)
+def html_page(title: str, about: str, sections: Sequence[Section]) -> str:
+    """The page; every text is escaped."""
+    links = "\n".join(f'<a href="#s{number}">{html.escape(section.heading)}</a>' for number, section in enumerate(sections))
+    body = "\n".join(_section(number, section) for number, section in enumerate(sections))
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{html.escape(title)}</title>
+<style>
+{STYLE}</style>
+</head>
+<body>
+<header>
+<h1>{html.escape(title)}</h1>
+<p>{html.escape(about)}</p>
+<nav aria-label="Sections">
+{links}
+</nav>
+</header>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def _section(number: int, section: Section) -> str:
+    """Pictures that follow each other stand side by side, where there is room."""
+    parts = []
+    for pictures, group in itertools.groupby(section.content, key=lambda part: isinstance(part, PICTURES)):
+        inner = "\n".join(map(_part, group))
+        parts.append(f'<div class="pictures">\n{inner}\n</div>' if pictures else inner)
+    content = "\n".join(parts)
+    return f'<section id="s{number}">\n<h2>{html.escape(section.heading)}</h2>\n{content}\n</section>'
+
+
+def _part(part: Part) -> str:
+    if isinstance(part, str):
+        return f"<p>{html.escape(part)}</p>"
+    if isinstance(part, Table):
+        return _table(part)
+    if isinstance(part, Legend):
+        return _key([(name, colour, "line") for colour, name in enumerate(part.names)])
+    return _figure(part)
+
+
+def _figure(picture: Chart | Bars | Grid) -> str:
+    """A picture with its title, its key, how to read it, and its numbers, folded away."""
+    if isinstance(picture, Chart):
+        drawn, key = chart_svg(picture), _key(picture.key) if picture.key else ""
+    elif isinstance(picture, Bars):
+        drawn, key = bars_svg(picture), _key([(part, colour, "square") for colour, part in enumerate(picture.parts)])
+    else:
+        drawn, key = grid_svg(picture), ""
+    note = f'<p class="note">{html.escape(picture.note)}</p>\n' if picture.note else ""
     return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n</head>\n'
-        f"<body>\n<h1>{html.escape(title)}</h1>\n{body}\n</body>\n</html>\n"
+        f"<figure>\n<figcaption>{html.escape(picture.title)}</figcaption>\n{key}\n{drawn}\n{note}"
+        f"<details><summary>Numbers</summary>\n{_table(numbers_of(picture))}\n</details>\n</figure>"
     )
 
 
-def _section(section: Section) -> str:
-    content = "\n".join(_table(item) if isinstance(item, Table) else f"<p>{html.escape(item)}</p>" for item in section.content)
-    return f"<section>\n<h2>{html.escape(section.heading)}</h2>\n{content}\n</section>"
+def _key(entries: Sequence[tuple[str, int, str]]) -> str:
+    items = "\n".join(f"<li>{sample_svg(colour, look)}<span>{html.escape(label)}</span></li>" for label, colour, look in entries)
+    return f'<ul class="key">\n{items}\n</ul>'
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
-    rows = "\n".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
-    return f"<table>\n<caption>{html.escape(table.caption)}</caption>\n<tr>{head}</tr>\n{rows}\n</table>"
+    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in table.header)
+    rows = "\n".join(_row(table, number, row) for number, row in enumerate(table.rows))
+    caption = f"<caption>{html.escape(table.caption)}</caption>\n" if table.caption else ""
+    kind = "numbers" if table.numbers else "words"
+    drawn = (
+        f'<div class="scroll" tabindex="0"><table class="{kind}">\n{caption}<thead>\n<tr>{head}</tr>\n</thead>\n'
+        f"<tbody>\n{rows}\n</tbody>\n</table></div>"
+    )
+    return f"<details><summary>{html.escape(table.folded)}</summary>\n{drawn}\n</details>" if table.folded else drawn
+
+
+def _row(table: Table, number: int, row: Sequence[str]) -> str:
+    cells = [
+        f'<td class="best">{html.escape(cell)}</td>' if (number, column) in table.best else f"<td>{html.escape(cell)}</td>"
+        for column, cell in enumerate(row[1:], start=1)
+    ]
+    return f'<tr><th scope="row">{html.escape(row[0])}</th>{"".join(cells)}</tr>'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from ngpt.report.parts import Section, Table
 from ngpt.report.runs import RunHistory, with_unique_names
 from ngpt.report.sections import sections_of
 
-__all__ = ["Section", "Table", "write_report"]
+PAGE, MARKDOWN = "report.html", "report.md"
+__all__ = ["MARKDOWN", "PAGE", "Section", "Table", "write_report"]
 
 
 def write_report(runs: Sequence[RunHistory], to: Path, *, title: str, sections: Sequence[Section] = ()) -> Path:
@@ -27,9 +29,11 @@ def write_report(runs: Sequence[RunHistory], to: Path, *, title: str, sections: 
     """
     everything = [*sections, *sections_of(with_unique_names(runs))]
     to.mkdir(parents=True, exist_ok=True)
-    page = to / "report.html"
-    for path, text in ((page, html_page(title, everything)), (to / "report.md", markdown_page(title, everything))):
+    page = to / PAGE
+    now = datetime.datetime.now(datetime.timezone.utc)
+    about = f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} of ngpt, reported on {now:%Y-%m-%d %H:%M} UTC"
+    for path, writer in ((page, html_page), (to / MARKDOWN, markdown_page)):
         temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(writer(title, about, everything), encoding="utf-8")
         temporary.replace(path)
     return page
