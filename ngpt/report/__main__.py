@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ngpt.config.command_line import CommandParser, parser
 from ngpt.report.page import MARKDOWN, write_report
 from ngpt.report.runs import RECORDS, ReportError, RunHistory, find_runs
 
 EXIT_USER_ERROR = 2
 _LONGEST_TITLE = 60
-EPILOG = """examples:
-  python -m ngpt.report runs/quickstart                       runs/quickstart/report/report.html and report.md
-  python -m ngpt.report runs/adamw runs/natural_galore --to compared
-  python -m ngpt.report runs --title 'Everything so far'      all runs below a folder, into report/
+EXAMPLES = """
+python -m ngpt.report runs/quickstart                       writes runs/quickstart/report/report.html and report.md
+python -m ngpt.report runs/adamw runs/natural_galore --to compared
+python -m ngpt.report runs --title 'Everything so far'      all runs below a folder, into report/
 
-A run may still be going on: the report shows what there is. The page needs no network and no other file; send it as it is."""
+A run may still be going on: the report shows what there is. The page needs no network and no other file: send it as it is.
+exit codes: 0 written, 2 no such run, or a mistake in the options"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,17 +44,14 @@ def _title_of(runs: Sequence[RunHistory]) -> str:
     return names if len(names) <= _LONGEST_TITLE else f"{len(runs)} runs"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m ngpt.report",
-        description="Report on runs: one HTML page with charts and tables, and the same tables in Markdown.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _parser() -> CommandParser:
+    options = parser(
+        "Report on runs: one HTML page with charts and tables, and the same tables in Markdown.", EXAMPLES, prog="python -m ngpt.report"
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=f"folder of a run (with {RECORDS}), or one with runs below it")
-    parser.add_argument("--to", type=Path, metavar="DIR", help="where to write (default: RUN/report, or ./report for several runs)")
-    parser.add_argument("--title", help="heading of the page (default: the names of the runs)")
-    return parser
+    options.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=f"folder of a run (with {RECORDS}), or one with runs below it")
+    options.add_argument("--to", type=Path, metavar="DIR", help="where to write (default: RUN/report, or ./report for several runs)")
+    options.add_argument("--title", help="heading of the page (default: the names of the runs)")
+    return options
 
 
 if __name__ == "__main__":

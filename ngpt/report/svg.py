@@ -80,9 +80,7 @@ def grid_svg(grid: Grid) -> str:
     ]
     for row, (name, values) in enumerate(zip(grid.rows, grid.values, strict=True)):
         y = top + row * height
-        drawn.append(
-            f'<text class="end" x="{left - 6}" y="{y + 15}">{html.escape(_cut(name, 16))}{_title(name)}</text>'
-        )
+        drawn.append(f'<text class="end" x="{left - 6}" y="{y + 15}">{html.escape(_cut(name, 16))}{_title(name)}</text>')
         for column, value in enumerate(values):
             if value is None:
                 continue
