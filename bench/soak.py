@@ -356,7 +356,8 @@ class Soak:
             f"{self.soak_seconds / 60:.1f} min with {len(self.interruptions)} interruptions, {self.straight_seconds / 60:.1f} min without; "
             f"{self.options.ranks} ranks, ZeRO stage {self.options.stage}, {config.optimizer.name}, {config.trainer.precision}, "
             f"saves {'in the background' if config.checkpoint.asynchronous else 'at once'}; {self.steps:,} steps, {tokens:,} tokens, "
-            f"{history.repeated // max(self.options.ranks, 1):,} steps lost and taken again; all ranks had ended {slowest:.1f} s after an interruption at the latest."
+            f"{history.repeated // max(self.options.ranks, 1):,} steps lost and taken again; all ranks had ended {slowest:.1f} s after "
+            "an interruption at the latest."
         )
         yield ""
         counts = Counter((item.action.replace("rank 0", "a rank").replace("rank 1", "a rank"), item.moment) for item in self.interruptions)

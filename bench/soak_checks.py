@@ -1,7 +1,8 @@
-"""What bench/soak.py finds out about a run that was killed again and again: rows, records, memory, files, weights. Each answers with problems."""
+"""What bench/soak.py asks of a run that was killed again and again: rows, records, memory, files, weights; answers are problems."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -62,7 +63,7 @@ class History:
 
 
 def surviving_history(starts: Sequence[Start]) -> History:
-    """Each start goes on from a checkpoint: what earlier ones did after that step is lost, and done again with the same rows and the same loss."""
+    """Each start goes on from a checkpoint: what earlier ones did after it is lost, and done again with the same rows and losses."""
     steps: dict[int, dict[int, Step]] = {}
     lost: dict[tuple[int, int], Step] = {}
     repeated, found = 0, []
@@ -137,7 +138,7 @@ def metrics_problems(path: Path, reference: Path, *, steps: int, every: int, eva
     due = [step for step in range(1, steps + 1) if step == steps or (evaluated_every and step % evaluated_every == 0)]
     if evaluations != due:
         found.append(f"metrics.jsonl: evaluations after {evaluations[:SHOWN]}..., not after {due[:SHOWN]}...")
-    if any(later["tokens"] < earlier["tokens"] for earlier, later in zip(records, records[1:], strict=False)):
+    if any(later["tokens"] < earlier["tokens"] for earlier, later in itertools.pairwise(records)):
         found.append("metrics.jsonl: tokens go back")
     names = ("tokens", "train/loss", "optim/lr", "optim/grad_norm", "optim/skipped_steps", "val/loss", "val/tokens")
     right = {(record["step"], "val/loss" in record): record for record in _records(reference)}
@@ -173,9 +174,7 @@ class Memory:
         """Whether it has grown."""
         found = []
         if self.a_step * self.steps * (1 - SETTLED) > MEMORY_MAY_GROW:
-            found.append(
-                f"rank {self.rank}: the resident set grew by {self.a_step:.0f} bytes a step over {self.steps} steps of one process"
-            )
+            found.append(f"rank {self.rank}: {self.a_step:.0f} bytes a step more over {self.steps} steps of one process")
         if self.a_start * self.starts > MEMORY_MAY_GROW:
             found.append(f"rank {self.rank}: each start began with {self.a_start / 1e3:.0f} kB more than the one before")
         return found
@@ -214,12 +213,15 @@ def checkpoint_problems(folder: Path, *, keep: int) -> list[str]:
 
 
 def rubbish(run: Path, reference: Path, ranks: int) -> list[str]:
-    """Files that the finished run has and the uninterrupted one has not; what ranks had to say, and their stacks, are for people to read."""
+    """Files that the finished run has and the uninterrupted one has not; what ranks said, and their stacks, are for people.
+
+    A torchrun that was killed leaves its own folder of temporary files, which is none of ours.
+    """
     allowed = {f"{name}.rank-{rank}.log" for rank in range(ranks) for name in ("stacks", "train")}
     own, other = (
         {re.sub(r"/step-\d+(?=/|$)", "/step-N", path.relative_to(root).as_posix()) for path in root.rglob("*")} for root in (run, reference)
     )
-    return [f"{run / name} was left behind" for name in sorted(own - other - allowed)] + [
+    return [f"{run / name} was left behind" for name in sorted(own - other - allowed) if not name.startswith("torchelastic_")] + [
         f"{run / name} is not there, though the uninterrupted run has it" for name in sorted(other - own)
     ]
 

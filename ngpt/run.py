@@ -19,14 +19,14 @@ from ngpt.config.problems import problem
 from ngpt.config.schema import RunConfig, engine_of_launch, steps_in_run
 from ngpt.config.validate import ConfigError
 from ngpt.data.documents import DataError
-from ngpt.data.train_loader import merge_states
+from ngpt.data.train_loader import merge_states, position_of
 from ngpt.data.unigram import unigram_perplexity
 from ngpt.dist.activity import Activity
 from ngpt.dist.exit_codes import EXIT_DIVERGED, EXIT_PEER_LOST, EXIT_USER_ERROR
 from ngpt.dist.folder_lock import FolderInUse, only_run_in
 from ngpt.dist.process_group import choose_device, deterministic_algorithms, process_group, random_state, set_random_state
 from ngpt.dist.ranks import LaunchError, ranks_from_environment
-from ngpt.dist.replicas import ReplicasDiffer, check_replicas
+from ngpt.dist.replicas import ReplicasDiffer, check_position, check_replicas
 from ngpt.dist.watch import PeerLost
 from ngpt.loop.evaluate import EvalResult, evaluate
 from ngpt.loop.spikes import SpikeRule
@@ -293,8 +293,11 @@ class Run:
         self.recorder.rewind(progress.step)
 
     def check_replicas(self) -> None:
-        """Raise ReplicasDiffer unless all ranks hold the same weights."""
-        check_replicas(self.engine.weights(), self.collectives, step=self.progress.step)
+        """Raise ReplicasDiffer unless all ranks hold the same weights, where all hold them, and are at the same place in the data."""
+        step, tokens = self.progress.step, self.progress.tokens
+        check_position(position_of(self._data_state) | {"the tokens counted": tokens}, self.collectives, step=step, device=self.device)
+        if self.config.engine.zero_stage < 3 or self.ranks.world_size == 1:
+            check_replicas(self.engine.weights(), self.collectives, step=step)
 
     def save(self, *, last: bool = False) -> None:
         """Write the checkpoint of this step, or begin to. The `last` one of a run must be there: its failure is an error."""

@@ -38,9 +38,6 @@ def _deepspeed(config: RunConfig) -> Iterator[str]:
     if engine.zero_stage == 0 and engine.offload_optimizer:
         rule = "moves divided optimizer state, and engine.zero_stage = 0 divides nothing"
         yield problem("engine.offload_optimizer", True, rule, "set engine.zero_stage=1 or engine.offload_optimizer=false")
-    if engine.zero_stage == 3 and engine.check_replicas_every:
-        rule = "has nothing to compare, with engine.zero_stage = 3 every weight exists once"
-        yield problem("engine.check_replicas_every", engine.check_replicas_every, rule, "set engine.check_replicas_every=0")
 
 
 def _full_gradients(config: RunConfig) -> Iterator[str]:

@@ -202,7 +202,9 @@ class EngineConfig:
         at_most=3,
     )
     timeout_seconds: int = setting(600, "wait for a process that died or hangs before all others stop", at_least=1)
-    check_replicas_every: int = setting(0, "steps between comparisons of the weights that all processes have (0: none)", at_least=0)
+    check_replicas_every: int = setting(
+        0, "steps between comparisons of the weights that all processes have, and of their place in the data (0: none)", at_least=0
+    )
     communication_dtype: str = setting(
         "auto", "dtype in which gradients are summed over processes; auto: that of the weights", choices=("auto", "fp32", "bf16")
     )

@@ -188,6 +188,12 @@ class TrainLoader:
                 yield _Prepared(batch, self._current_state(number + 1) if last else None)
 
 
+def position_of(state: dict[str, Any]) -> dict[str, JSON]:
+    """What several ranks must agree on after the same global batch: the parts of a state that are not of one rank alone."""
+    streams = {f"stream {stream}": rows for stream, rows in state["streams"].items()}  # which one rank has, or several where they are few
+    return {"the number of batches taken": state["global_batches"], "the settings of the data": state["settings"], **streams}
+
+
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The states of all ranks after the same global batch as one, which any number of ranks can load."""
     first = states[0]

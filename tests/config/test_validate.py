@@ -340,8 +340,6 @@ def test_settings_of_the_engine_that_mean_nothing_here_are_refused(config: RunCo
     assert problems_of(config, world_size=2) == []
     config.engine.zero_stage = 0
     assert [line.partition(" =")[0] for line in problems_of(config, world_size=2)] == ["engine.offload_optimizer"]
-    config.engine = EngineConfig(zero_stage=3, check_replicas_every=10)
-    assert [line.partition(" =")[0] for line in problems_of(config, world_size=2)] == ["engine.check_replicas_every"]
     config.engine = EngineConfig(zero_stage=4, timeout_seconds=0)
     assert [line.partition(" =")[0] for line in problems_of(config)] == ["engine.zero_stage", "engine.timeout_seconds"]
 

@@ -1,4 +1,4 @@
-"""Replicated weights are compared bit by bit: one flipped bit names the rank and the parameter."""
+"""What all ranks hold is compared: one flipped bit names the rank and the parameter, one batch too many the rank and the place."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ngpt.config.schema import SyntheticDataConfig
+from ngpt.data.loader import build_train_loader
+from ngpt.data.train_loader import position_of
 from ngpt.dist.collectives import Collectives
-from ngpt.dist.replicas import ReplicasDiffer, bit_hash, check_replicas
+from ngpt.dist.ranks import Ranks
+from ngpt.dist.replicas import ReplicasDiffer, bit_hash, check_position, check_replicas
 
 
 def check_with_a_flipped_bit(on_rank: int | None) -> str:
@@ -26,6 +30,48 @@ def test_equal_weights_pass_and_a_flipped_bit_names_rank_and_parameter(on_ranks)
     assert on_ranks(3, check_with_a_flipped_bit, None) == ["equal"] * 3
     said = on_ranks(3, check_with_a_flipped_bit, 1)
     assert all(text.startswith("step 20: down on rank 1 differs") for text in said)
+
+
+def check_positions(lost: int | None, streams: int, seed_of_lost: int = 3) -> str:
+    """Four ranks after three batches of 8 rows; the rank `lost` has taken four, or has another seed."""
+    collectives = Collectives()
+    is_lost = collectives.rank == lost
+    loader = build_train_loader(
+        SyntheticDataConfig(document_tokens=30, shuffle_window=8, streams=streams),
+        None,
+        vocab_size=64,
+        seq_len=16,
+        micro_batch_size=2,
+        global_batch_size=8,
+        seed=seed_of_lost if is_lost else 3,
+        ranks=Ranks(collectives.rank, collectives.size, collectives.rank),
+    )
+    try:
+        for _ in range(4 if is_lost and seed_of_lost == 3 else 3):
+            next(loader)
+        check_position(position_of(loader.state_dict()), collectives, step=3)
+    except ReplicasDiffer as error:
+        return str(error)
+    finally:
+        loader.close()
+    return "equal"
+
+
+@pytest.mark.parametrize("streams", [1, 2, 4])
+def test_ranks_that_share_streams_agree_on_where_they_are(on_ranks, streams):
+    assert on_ranks(4, check_positions, None, streams) == ["equal"] * 4
+
+
+def test_a_rank_that_has_taken_a_batch_too_many_is_named(on_ranks):
+    for lost in (0, 2):
+        said = on_ranks(4, check_positions, lost, 4)
+        assert all(text.startswith(f"step 3: the position in the data on rank {lost} differs") for text in said)
+        assert all("in the number of batches taken" in text for text in said)
+
+
+def test_a_rank_with_other_data_is_named(on_ranks):
+    said = on_ranks(4, check_positions, 1, 4, 5)
+    assert all(text.startswith("step 3: the position in the data on rank 1 differs from the other ranks' in the settings") for text in said)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64])
