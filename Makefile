@@ -16,7 +16,7 @@ installed_types := $(VENV)/.installed-types
 tokenizer := runs/quickstart/tokenizer.model
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-fast lint types format map docs clean
+.PHONY: help install train test test-fast lint types format map docs faults clean
 
 help: ## list the targets
 	@echo "make TARGET [VENV=.venv] [PYTHON=python3] [TORCH=auto|cpu|cuda] [ARGS=\"overrides of train\"] [PYTEST_ARGS=...]"
@@ -58,6 +58,9 @@ docs: map ## write the pages that are made from the code: the map and the config
 
 map: $(installed) ## write docs/map.md from the modules' docstrings
 	$(py) docs/make_map.py
+
+faults: $(installed_dev) ## try every fault and bad input, and write docs/faults.md with what was seen
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(py) docs/make_fault_table.py -- $(WORKERS) $(PYTEST_ARGS)
 
 clean: ## remove the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -10,8 +10,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import contextlib
 import importlib.util
 import itertools
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +31,51 @@ settings.load_profile("repeatable")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run tests marked slow last, so that a mistake shows within seconds."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """A test whose docstring reads `what is tried | what is expected` is a row of docs/faults.md (docs/make_fault_table.py)."""
+    if " | " in (getattr(getattr(item, "function", None), "__doc__", None) or ""):
+        item.add_marker("fault")
+
+
+class _FirstWarning(logging.Handler):
+    text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text = self.text or record.getMessage()
+
+
+@pytest.fixture
+def seen(request: pytest.FixtureRequest) -> Callable[[object], None]:
+    """`seen(what)`: what a fault has led to, for its row in docs/faults.md; without it, the first error that was caught, or warning."""
+    return lambda what: request.node.user_properties.append(("seen", str(what)))
+
+
+@pytest.fixture(autouse=True)
+def _what_a_fault_led_to(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Take down what a test of a fault sees, if it does not say so itself."""
+    if request.node.get_closest_marker("fault") is None:
+        yield
+        return
+    caught: list[str] = []
+    raises = pytest.raises
+
+    @contextlib.contextmanager
+    def watched(*arguments: Any, **keywords: Any) -> Iterator[pytest.ExceptionInfo[BaseException]]:
+        with raises(*arguments, **keywords) as error:
+            yield error
+        caught.append(f"{error.type.__name__}: {error.value}")
+
+    monkeypatch.setattr(pytest, "raises", watched)
+    warning = _FirstWarning(logging.WARNING)
+    logging.getLogger("ngpt").addHandler(warning)
+    yield
+    logging.getLogger("ngpt").removeHandler(warning)
+    properties = request.node.user_properties
+    what = caught[0] if caught else warning.text
+    if what and "seen" not in dict(properties):
+        properties.append(("seen", what))
 
 
 def _load_rank_pool() -> ModuleType:

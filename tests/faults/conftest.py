@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ from ngpt.config.compose import compose_run
 from ngpt.train import train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PROGRAM = Path(__file__).with_name("broken_rank.py")
+PROGRAM = Path(__file__).with_name("broken_ranks.py")
 
 TINY = [
     "model=llama_9m",
@@ -74,32 +74,57 @@ def tiny(tmp_path: Path) -> SimpleNamespace:
     return SimpleNamespace(run=run, records=records, weights=weights, log=log, settings=TINY, folder=tmp_path / "tiny")
 
 
-@pytest.fixture
-def two_ranks(tmp_path: Path) -> Callable[..., list[SimpleNamespace]]:
-    """`two_ranks(fault, *overrides, folder=...)`: trains on two processes of which some break; code and words of each."""
+@pytest.fixture(scope="session")
+def rank_server() -> Iterator[Callable[[dict[str, Any]], list[int]]]:
+    """The process that forks the ranks of runs that break, so that what a trainer imports is imported once: an order in, exit codes out."""
+    reading, writing = os.pipe()
+    with (
+        os.fdopen(reading) as answers,
+        subprocess.Popen(
+            [sys.executable, str(PROGRAM), str(writing)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            pass_fds=[writing],
+            stdin=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+        ) as server,
+    ):
+        os.close(writing)
 
-    def run(fault: str, *overrides: str, folder: Path = tmp_path, timeout: float = 180) -> list[SimpleNamespace]:
+        def ask(order: dict[str, Any]) -> list[int]:
+            server.stdin.write(json.dumps(order) + "\n")
+            server.stdin.flush()
+            return json.loads(answers.readline())
+
+        yield ask
+        server.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def break_ranks(
+    rank_server: Callable[[dict[str, Any]], list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., list[SimpleNamespace]]:
+    """`break_ranks(folder, breaks, *overrides, ranks=2)`: trains on some processes, of which some break; code and words of each."""
+
+    def run(folder: Path, breaks: str = "", *overrides: str, ranks: int = 2, seconds: float = 150) -> list[SimpleNamespace]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+            port = free.getsockname()[1]
+        said = tmp_path_factory.mktemp("said") / "rank"
         settings = [*TINY, "engine.timeout_seconds=20", f"run.dir={folder}", *overrides]
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "BREAK": fault, "OMP_NUM_THREADS": "1"}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(PROGRAM), *settings],
-                env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                cwd=REPOSITORY,
-            )
-            for rank in range(2)
-        ]
-        try:
-            said = [process.communicate(timeout=timeout)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        return [SimpleNamespace(code=process.returncode, said=text) for process, text in zip(processes, said, strict=True)]
+        order = {"ranks": ranks, "settings": settings, "port": port, "said": str(said), "breaks": breaks.split(), "seconds": seconds}
+        codes = rank_server(order)
+        words = [Path(f"{said}-{rank}").read_text(errors="replace") for rank in range(ranks)]
+        return [SimpleNamespace(code=code, said=text) for code, text in zip(codes, words, strict=True)]
+
+    return run
+
+
+@pytest.fixture
+def two_ranks(break_ranks: Callable[..., list[SimpleNamespace]], tmp_path: Path) -> Callable[..., list[SimpleNamespace]]:
+    """`two_ranks(breaks, *overrides, folder=...)`: `break_ranks` in the folder of `tiny`."""
+
+    def run(breaks: str, *overrides: str, folder: Path = tmp_path) -> list[SimpleNamespace]:
+        return break_ranks(folder, breaks, *overrides)
 
     return run

@@ -39,7 +39,7 @@ def test_a_rank_that_hangs_is_named_with_its_step_and_all_ranks_write_their_stac
     assert "rank 1 made no progress for 25 s" in first.said
     assert "rank 1: step 3, busy in" in first.said
     stacks = [(tiny.folder / f"stacks.rank-{rank}.log").read_text() for rank in range(2)]
-    assert "broken_rank.py" in stacks[1]
+    assert "broken_ranks.py" in stacks[1]
     assert "collectives.py" in stacks[0]
     record_property("seen", "rank 1 in step 3 named, rank 0 waiting; both stacks written")
 
@@ -49,7 +49,7 @@ def test_a_rank_killed_in_evaluation_stops_the_other_and_the_run_continues(two_r
     """kill -9 of rank 1 in the evaluation after step 4 | rank 0 stops with code 4; resumed: the bits of the run that nobody stopped"""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert [rank.code for rank in two_ranks("", "checkpoint.every_steps=2", folder=straight)] == [0, 0]
-    assert [rank.code for rank in two_ranks("kill-in-evaluation", "checkpoint.every_steps=2", folder=killed)] == [4, -9]
+    assert [rank.code for rank in two_ranks("kill-in-evaluation@1", "checkpoint.every_steps=2", folder=killed)] == [4, -9]
     assert [rank.code for rank in two_ranks("", "checkpoint.every_steps=2", folder=killed)] == [0, 0]
     assert same(tiny.weights(8, killed), tiny.weights(8, straight))
 
