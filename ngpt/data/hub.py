@@ -7,10 +7,12 @@ import logging
 import os
 import random
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ngpt.data.documents import JSON, DataError, Document, DocumentReader, Share, Split, StreamTally, check_text
+from ngpt.data.hub_client import HubBusy, is_of_network_package, is_passing_status, prepare_libraries, seconds_asked
 from ngpt.data.seeding import permutation
 
 if TYPE_CHECKING:
@@ -23,9 +25,8 @@ logger = logging.getLogger(__name__)
 _LONGEST_WAIT_SECONDS = 60.0
 # The position of `datasets` is taken once in so many rows: the call costs more than a row.
 _ROWS_PER_POSITION = 256
-# A machine without a network should hear so soon; `huggingface_hub` has retried by itself before it fails.
-_RETRIES_OF_OPENING = 1
-_NETWORK_PACKAGES = frozenset(["aiohttp", "httpcore", "httpx", "requests", "urllib3", "http", "asyncio"])
+# A machine without a network should hear so soon. A hub that is there and busy is asked as often as anywhere.
+_RETRIES_OF_REACHING = 3
 
 
 class Retries:
@@ -43,6 +44,7 @@ class Retries:
             raise DataError(f"{what}: {_explain(error)} (retried {attempt - 1} times). {_offline_advice()}") from error
         self.count += 1
         seconds = min(_LONGEST_WAIT_SECONDS, self.first_wait_seconds * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
+        seconds = max(seconds, _asked_to_wait(error))
         logger.warning("%s: %s; retry %d of %d in %.1f s", what, _explain(error), attempt, most, seconds)
         self.stop.wait(seconds)
 
@@ -65,19 +67,41 @@ def _is_offline() -> bool:
 
 def is_passing(error: BaseException | None) -> bool:
     """Whether trying again can help: a network failure here or anywhere in the chain of causes, but not an answer like "not found"."""
+    for cause in _causes(error):
+        status = _status(cause)
+        if status is not None:
+            return is_passing_status(status)
+        if isinstance(cause, (FileNotFoundError, PermissionError)):
+            return False
+        # A connection that broke off may leave half of a compressed block; the packages' exceptions are not all OSErrors.
+        if isinstance(cause, (OSError, EOFError, zlib.error)) or is_of_network_package(cause):
+            return True
+    return False
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and those that it followed from."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
-        if isinstance(status, int):
-            return status in (408, 425, 429) or status >= 500
-        if isinstance(error, (FileNotFoundError, PermissionError)):
-            return False
-        # requests', httpx's and aiohttp's exceptions are not all OSErrors, and none of the three must be installed.
-        if isinstance(error, (OSError, EOFError)) or type(error).__module__.split(".")[0] in _NETWORK_PACKAGES:
-            return True
+        yield error
         error = error.__cause__ or error.__context__
-    return False
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an exception is about."""
+    status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
+    return status if isinstance(status, int) else None
+
+
+def _asked_to_wait(error: BaseException) -> float:
+    """Seconds for which the hub asks to be left alone."""
+    for cause in _causes(error):
+        if isinstance(cause, HubBusy):
+            return cause.wait_seconds
+        if (status := _status(cause)) is not None and hasattr(cause, "response"):
+            return seconds_asked(status, getattr(cause.response, "headers", {}))
+    return 0.0
 
 
 def open_hub_dataset(repository: str, subset: str, revision: str, split: str) -> IterableDataset:
@@ -86,6 +110,7 @@ def open_hub_dataset(repository: str, subset: str, revision: str, split: str) ->
         import datasets
     except ImportError as error:
         raise DataError("data=c4 needs the package datasets: install it, or use data=local_c4") from error
+    prepare_libraries()
     return datasets.load_dataset(repository, subset or None, revision=revision, split=split, streaming=True)
 
 
@@ -193,5 +218,7 @@ class HubSource:
                 if _is_offline() or not is_passing(error):
                     raise DataError(f"{self._name} cannot be opened: {_explain(error)}. {_offline_advice()}") from error
                 attempt += 1
-                self._retries.wait(attempt, min(_RETRIES_OF_OPENING, self._retries.most), error, f"opening {self._name}")
+                is_there = any(_status(cause) is not None for cause in _causes(error))
+                most = self._retries.most if is_there else min(_RETRIES_OF_REACHING, self._retries.most)
+                self._retries.wait(attempt, most, error, f"opening {self._name}")
         return self._opened[name]

@@ -43,7 +43,7 @@ def configure_logging(run_folder: Path, *, rank: int = 0) -> None:
         handlers.append(logging.StreamHandler(sys.stdout))
         handlers[1].setFormatter(_Redacted("%(message)s"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, handlers=handlers, force=True)
-    for chatty in ("datasets", "httpx", "huggingface_hub", "fsspec", "filelock", "matplotlib", "urllib3"):
+    for chatty in ("datasets", "httpx", "httpx2", "huggingface_hub", "fsspec", "filelock", "matplotlib", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: every line would come twice
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,7 @@ def test_only_passing_failures_are_retried() -> None:
     assert is_passing(TimeoutError())
     assert is_passing(Answer(503))
     assert is_passing(Answer(429))
+    assert is_passing(zlib.error())
     assert not is_passing(Answer(404))
     assert not is_passing(FileNotFoundError())
     assert not is_passing(ValueError())
@@ -169,7 +171,7 @@ def test_offline_is_a_clear_error(open_loader: Callable, monkeypatch: pytest.Mon
     monkeypatch.setattr(sources, "open_hub_dataset", unreachable)
     data = C4DataConfig(retry_seconds=0.0)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    with pytest.raises(DataError, match=r"opening allenai/c4/en@1588ec45.*Couldn't reach.*retried 1 times.*data=local_c4"):
+    with pytest.raises(DataError, match=r"opening allenai/c4/en@1588ec45.*Couldn't reach.*retried 3 times.*data=local_c4"):
         open_loader(data)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DataError, match=r"cannot be opened.*HF_HUB_OFFLINE is set.*HF_HOME"):
