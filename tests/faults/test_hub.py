@@ -255,6 +255,7 @@ def test_a_run_through_faults_of_the_hub_is_the_run_without_them(hub, tiny, c4, 
     record_property("seen", f"{tiny.records(tmp_path / 'disturbed')[-1]['data/retries']} retries, losses and weights bit-equal")
 
 
+@pytest.mark.slow
 def test_the_command_saves_when_the_hub_is_gone_and_continues_exactly_when_it_is_back(hub, tiny, c4, tmp_path, record_property):
     """`python -m ngpt.train data=c4`, a hub that drops, is busy, then answers 503 for ever | exit code 2 and one clear message, a
     checkpoint of the last finished step; with the hub back the same command ends with the bits of the undisturbed run
