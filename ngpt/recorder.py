@@ -24,6 +24,7 @@ from ngpt.loop.train_loop import Progress
 from ngpt.loop.train_step import StepResult
 from ngpt.model import cost
 from ngpt.telemetry.console import eval_line, progress_bar, step_line
+from ngpt.telemetry.layers import layer_record
 from ngpt.telemetry.manifest import write_manifest
 from ngpt.telemetry.metrics import Record, StepMetrics, device_memory, device_peak_flops, eval_record
 from ngpt.telemetry.sinks import JsonlSink, WandbSink
@@ -122,6 +123,8 @@ class Recorder:
         elif result.update.skipped_matrices:
             what = f"{result.update.skipped_matrices} matrices left out of the update"
             self._record_batches(result, "nonfinite_steps.jsonl", what)
+        if result.update.statistics:
+            self._publish(layer_record(result))
         regular = result.step in (1, self._total_steps) or due(self._config.logger.every_steps, result.step)
         if not regular and result.step != self._resumed_step + 1:
             return

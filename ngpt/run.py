@@ -244,6 +244,7 @@ class Run:
                 trainer.spike_deviations,
                 drop=trainer.on_spike != "log" and self.config.optimizer.apply != "immediate",
             ),
+            watch_every=self.config.logger.statistics_every,
         ):
             self._data_state = self.loader.state_dict()  # a later step that cannot read its data leaves the loader in between
             self.activity.now(f"after step {result.step}")

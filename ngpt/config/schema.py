@@ -231,6 +231,9 @@ class CheckpointConfig:
 @dataclass
 class LoggerConfig:
     every_steps: int = setting(10, "steps between log lines", at_least=1)
+    statistics_every: int = setting(
+        0, "steps between records of every parameter's gradient, update and weight, and of every subspace (0: none)", at_least=0
+    )
     wandb: str = setting(
         "disabled",
         "Weights & Biases: online, offline (sync later with `wandb sync`) or disabled",

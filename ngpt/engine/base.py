@@ -22,7 +22,8 @@ class UpdateOutcome:
     count there in their subspace (docs/math.md). `lr` is the rate of the first parameter group. `applied` is False where the loss
     or the gradient was not finite, or the loss too high, and nothing was changed; `skipped_matrices` counts those left out of an
     immediate update.
-    `gradient_bytes` are the gradients and accumulators that were alive before the update.
+    `gradient_bytes` are the gradients and accumulators that were alive before the update. `statistics` of each parameter by its name,
+    where the update was watched (`ngpt.optim.watch` says what they are).
     """
 
     loss: float
@@ -32,6 +33,7 @@ class UpdateOutcome:
     applied: bool
     skipped_matrices: int
     gradient_bytes: int
+    statistics: Mapping[str, Mapping[str, float]] | None = None
 
 
 class Engine(Protocol):
@@ -39,13 +41,18 @@ class Engine(Protocol):
 
     device: torch.device
 
-    def begin_update(self, *, lr_multiplier: float, loss_divisor: float, num_micro_batches: int) -> None:
+    def watch_refreshes(self) -> None:
+        """From here on remember how far each refresh turned its basis, for the statistics of later updates."""
+        ...
+
+    def begin_update(self, *, lr_multiplier: float, loss_divisor: float, num_micro_batches: int, watched: bool = False) -> None:
         """Start one optimizer update.
 
         Args:
             lr_multiplier: factor on every group's peak learning rate.
             loss_divisor: number of label tokens of the whole global batch, so that gradients add up to those of the mean loss.
             num_micro_batches: how often `accumulate` will be called before `finish_update`.
+            watched: its outcome is to have statistics, which takes time and a copy of one weight (of one layer, on several ranks).
         """
         ...
 

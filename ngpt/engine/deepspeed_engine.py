@@ -31,6 +31,7 @@ from ngpt.engine.deepspeed_config import speaks
 from ngpt.engine.update_cycle import UpdateCycle
 from ngpt.engine.zero_sharding import ShardedUpdates, ZeroSharding
 from ngpt.optim import AdamW
+from ngpt.optim.watch import Watch
 
 
 class ZeroEngine(UpdateCycle):
@@ -123,6 +124,10 @@ class ZeroEngine(UpdateCycle):
             return parameter.nbytes
         kept: Any = parameter
         return (kept.ds_tensor.numel() + (kept.ds_numel if kept.ds_persist else 0)) * kept.element_size()
+
+    def _end_watch(self, watch: Watch) -> dict[str, dict[str, float]]:
+        # Where nothing is divided, all ranks hold the same: it counts once.
+        return watch.end(self._ranks.sum_, counts=self._sharding.parts > 1 or self._ranks.rank == 0)
 
     def communication(self) -> dict[str, int]:
         so_far = {"updates": self._ranks.bytes_sent, "weights": self._gathers.bytes_sent}

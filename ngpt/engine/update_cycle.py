@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ngpt.engine.base import UpdateOutcome
 from ngpt.optim import AdamW, state_bytes
 from ngpt.optim.state import StatePart
+from ngpt.optim.watch import Watch
 
 
 class Gradients(Protocol):
@@ -75,8 +76,15 @@ class UpdateCycle:
         self._loss_divisor = 1.0
 
     # ------------------------------------------------------------------------------------------------------------ update
-    def begin_update(self, *, lr_multiplier: float, loss_divisor: float, num_micro_batches: int) -> None:
+    def watch_refreshes(self) -> None:
+        self.optimizer.watch = self.optimizer.watch or Watch()
+
+    def begin_update(self, *, lr_multiplier: float, loss_divisor: float, num_micro_batches: int, watched: bool = False) -> None:
         self._loss_divisor = loss_divisor
+        if watched:
+            self.watch_refreshes()
+            assert self.optimizer.watch
+            self.optimizer.watch.begin()
         for group, peak in zip(self.optimizer.param_groups, self._peak_lrs, strict=True):
             group["lr"] = peak * lr_multiplier
         self._gradients.begin_update(num_micro_batches)
@@ -97,10 +105,20 @@ class UpdateCycle:
             self._gradients.discard()
         else:
             if 0 < self._grad_clip < applied_norm:
-                self._gradients.scale_(self._grad_clip / applied_norm)
+                self._scale_gradients(self._grad_clip / applied_norm)
             self._gradients.step()
+        watch = self.optimizer.watch
+        statistics = self._end_watch(watch) if watch and watch.active else None
         lr = self.optimizer.param_groups[0]["lr"]
-        return UpdateOutcome(loss_value, norm, applied_norm, lr, applied, int(skipped), gradient_bytes)
+        return UpdateOutcome(loss_value, norm, applied_norm, lr, applied, int(skipped), gradient_bytes, statistics)
+
+    def _scale_gradients(self, factor: float) -> None:
+        self._gradients.scale_(factor)
+        if self.optimizer.watch:
+            self.optimizer.watch.scaled(factor)
+
+    def _end_watch(self, watch: Watch) -> dict[str, dict[str, float]]:
+        return watch.end()
 
     @torch.no_grad()
     def evaluate(self, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -58,6 +58,7 @@ def train_loop(
     sum_over_ranks: Callable[[int], int] = lambda own: own,
     texts_of_ranks: Callable[[str], list[str]] = lambda own: [own],
     spike_rule: SpikeRule | None = None,
+    watch_every: int = 0,
 ) -> Iterator[StepResult]:
     """Train from `progress.step` to `total_steps`, yielding after every update.
 
@@ -71,11 +72,14 @@ def train_loop(
         sum_over_ranks: adds up a count of this rank with those of the others.
         texts_of_ranks: what each rank has to say, by rank.
         spike_rule: tells loss spikes; None for no such thing.
+        watch_every: steps between updates that have statistics of every parameter; 0 for none.
 
     Raises:
         TrainingDiverged: after the result of the last skipped update was yielded.
         DataError: some rank cannot read its next batches: on all ranks, after the same update.
     """
+    if watch_every:
+        engine.watch_refreshes()
     while progress.step < total_steps and not should_stop():
         started = time.perf_counter()
         step_batches, problem = _next_batches(batches, micro_batches_per_step)
@@ -86,7 +90,12 @@ def train_loop(
         limit = spike_rule.limit(progress.recent_losses) if spike_rule else math.inf
         dropped_above = limit if spike_rule and spike_rule.drop else math.inf
         update = train_step(
-            engine, step_batches, label_tokens=step_tokens, lr_multiplier=lr_multiplier(progress.step), max_loss=dropped_above
+            engine,
+            step_batches,
+            label_tokens=step_tokens,
+            lr_multiplier=lr_multiplier(progress.step),
+            max_loss=dropped_above,
+            watched=watch_every > 0 and (progress.step + 1) % watch_every == 0,
         )
         step_seconds = time.perf_counter() - started
 

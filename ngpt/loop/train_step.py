@@ -36,17 +36,24 @@ class StepResult:
 
 
 def train_step(
-    engine: Engine, batches: Sequence[Batch], *, label_tokens: int, lr_multiplier: float, max_loss: float = math.inf
+    engine: Engine,
+    batches: Sequence[Batch],
+    *,
+    label_tokens: int,
+    lr_multiplier: float,
+    max_loss: float = math.inf,
+    watched: bool = False,
 ) -> UpdateOutcome:
     """Run this rank's micro-batches `batches` of one global batch, which holds `label_tokens` on all ranks, and update once.
 
     The loss is the mean over all label tokens of the global batch, whatever its split: every micro-batch adds its *sum* of
     token losses divided by the tokens of the whole, so 8 x 1 equals 1 x 8 with padding and masks too. Losses and gradients are
-    summed over ranks, never averaged. The update is dropped where the loss is above `max_loss`.
+    summed over ranks, never averaged. The update is dropped where the loss is above `max_loss`. `watched`: its outcome has
+    statistics of every parameter.
     """
     loss_divisor = float(max(label_tokens, 1))  # a batch without a single label has loss 0, not 0/0
     loss_sum = torch.zeros((), dtype=torch.float32, device=engine.device)
-    engine.begin_update(lr_multiplier=lr_multiplier, loss_divisor=loss_divisor, num_micro_batches=len(batches))
+    engine.begin_update(lr_multiplier=lr_multiplier, loss_divisor=loss_divisor, num_micro_batches=len(batches), watched=watched)
     for batch in batches:
         loss_sum += engine.accumulate(batch.model_inputs())
     return engine.finish_update(loss_sum / loss_divisor, max_loss=max_loss)

@@ -16,6 +16,7 @@ from ngpt.optim.rounding import generator_for, stochastic_round_
 from ngpt.optim.sharding import WHOLE, Asking, Publish, Sharding, Sum, alone
 from ngpt.optim.state import StatePart, check_state_fits, copy_state_
 from ngpt.optim.storage import SIGNED, Stored, allocate, compute_dtype, piece_elements, rows_per_piece
+from ngpt.optim.watch import Watch
 
 BASIS_STREAM, ROUNDING_STREAM, MOMENT_STREAM, ROTATION_STREAM = range(4)  # what the random numbers of a parameter are for
 COUNTERS = frozenset({"step", "refreshes", "cleared_at", "rank", "merged_at"})  # int64 on the CPU; they move on in a skipped update too
@@ -46,7 +47,11 @@ class AdamW(torch.optim.Optimizer):
     State per parameter: `step` (int64, on the CPU, so that reading it waits for nothing), `exp_avg`, `exp_avg_sq` (with 8 bits also
     their `_scale`) and, if asked for, `master`: plain tensors, allocated when the group is added. Raises ValueError naming group, key,
     value and rule for what is not accepted.
+
+    `watch`, where it is set, is told of every update while it is active (`ngpt.optim.watch`).
     """
+
+    watch: Watch | None = None
 
     def __init__(
         self,
@@ -215,7 +220,7 @@ class AdamW(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if self._is_plain(group) and self._state_is_exact(p, group) and p.numel() <= piece_elements(p):
+                if not self._watching and self._is_plain(group) and self._state_is_exact(p, group) and p.numel() <= piece_elements(p):
                     small.append(p)
                 else:
                     self.apply_gradient(p, self.reduce_gradient(p, p.grad))
@@ -265,11 +270,24 @@ class AdamW(torch.optim.Optimizer):
         finite = None
         if guard:  # NaN, infinity and overflow all end up in the sum
             finite = (yield Sum(reduced.sum(dtype=compute_dtype(p)))).isfinite()
+        watching = self._watching
+        before = self._own_weight(p).clone() if watching else None
         if (yield from self._begin_update(p, reduced, finite)):
             yield from self._update(p, reduced, finite)
         else:
             self.state[p]["step"] += 1
+        if watching and before is not None:
+            about = {"name": self.slot(p).name, "numel": self.sharding.shape(p).numel(), "rank": self.rank_in_use(p)}
+            watching.updated(p, **about, full=self.keeps_full_gradient(p), gradient=reduced, before=before, after=self._own_weight(p))
         return finite
+
+    @property
+    def _watching(self) -> Watch | None:
+        return self.watch if self.watch is not None and self.watch.active else None
+
+    def rank_in_use(self, p: Tensor) -> int | None:
+        """Columns of the basis of `p`; None where it has none, or none yet."""
+        return None
 
     def _is_plain(self, group: dict[str, Any]) -> bool:
         """Whether the group's parameters are updated by AdamW as they are."""

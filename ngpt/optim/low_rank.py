@@ -176,7 +176,13 @@ class LowRankAdamW(AdamW):
         low = project(grad_ab, bases[0]) if len(bases) > 0 else grad_ab
         for basis_br in bases[1:]:
             low = low @ basis_br
+        if bases and (watching := self._watching):
+            watching.projected(p, grad_ab, low)
         return low.to(compute_dtype(p))
+
+    def rank_in_use(self, p: Tensor) -> int | None:
+        state = self.state[p]
+        return self._bases(state)[0].shape[1] if "basis" in state and int(state["refreshes"]) else None
 
     def wants_basis(self, p: Tensor, *, first: bool = True) -> bool:
         """Whether a new basis is to be found before the next gradient of `p`, the first one of its update or not, is projected."""
@@ -287,6 +293,8 @@ class LowRankAdamW(AdamW):
                 if key in state:
                     state[key].zero_()
             state["cleared_at"].copy_(state["step"])
+        if self.watch is not None and int(state["refreshes"]):
+            self.watch.turned(p, fresh[0], old[0])
         for key, basis in zip(("basis", "basis_long"), fresh, strict=False):
             state[key].zero_()[:, : basis.shape[1]] = basis
         if "rank" in state:

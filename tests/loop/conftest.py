@@ -38,7 +38,9 @@ class FakeEngine:
     def __init__(self) -> None:
         self.updates: list[SimpleNamespace] = []
 
-    def begin_update(self, *, lr_multiplier: float, loss_divisor: float, num_micro_batches: int) -> None:
+    def watch_refreshes(self) -> None: ...
+
+    def begin_update(self, *, lr_multiplier: float, loss_divisor: float, num_micro_batches: int, watched: bool = False) -> None:
         self.updates.append(
             SimpleNamespace(lr_multiplier=lr_multiplier, loss_divisor=loss_divisor, num_micro_batches=num_micro_batches, seen=0)
         )
