@@ -45,11 +45,11 @@ def metric_chart(
         x, y = against(run, metric)
         own = window_of(len(x)) if look == "smooth" else 1
         if own > 1:
-            lines += [Line(run.name, colour, x, y * scale, "thin"), Line(run.name, colour, x, smoothed(y * scale, own), listed=False)]
+            lines += [Line(run.name, colour, x, y * scale, "thin"), Line(run.name, colour, *smoothed(x, y * scale, own), listed=False)]
         else:
             lines.append(Line(run.name, colour, x, y * scale, "line" if look == "smooth" else look))
         window = max(window, own)
-    note = f"Thin: as recorded. Thick: mean over up to {window} records around each." if window > 1 else ""
+    note = f"Thin: as recorded. Thick: median of up to {window} records." if window > 1 else ""
     return Chart(title, TOKENS, lines, log=log, zero=zero, whole=whole, note=note)
 
 

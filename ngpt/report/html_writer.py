@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import itertools
+import re
 from collections.abc import Sequence
 
 from ngpt.report.numbers import numbers_of
@@ -12,6 +14,8 @@ from ngpt.report.style import STYLE
 from ngpt.report.svg import bars_svg, chart_svg, grid_svg, sample_svg
 
 PICTURES = (Chart, Bars, Grid)
+_SHORT = 15  # characters that are never broken
+_PIECES = re.compile(r"[^-_./,=\n]{0,23}(?:[-_./,=\n]|[^-_./,=\n]|$)")
 
 
 def html_page(title: str, about: str, sections: Sequence[Section]) -> str:
@@ -75,7 +79,7 @@ def _figure(picture: Chart | Bars | Grid) -> str:
     note = f'<p class="note">{html.escape(picture.note)}</p>\n' if picture.note else ""
     return (
         f"<figure>\n<figcaption>{html.escape(picture.title)}</figcaption>\n{key}\n{drawn}\n{note}"
-        f"<details><summary>Numbers</summary>\n{_table(numbers_of(picture))}\n</details>\n</figure>"
+        f"<details><summary>Numbers</summary>\n{_table(dataclasses.replace(numbers_of(picture), caption=''))}\n</details>\n</figure>"
     )
 
 
@@ -85,20 +89,29 @@ def _key(entries: Sequence[tuple[str, int, str]]) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in table.header)
+    head = "".join(f'<th scope="col">{_breakable(cell)}</th>' for cell in table.header)
     rows = "\n".join(_row(table, number, row) for number, row in enumerate(table.rows))
-    caption = f"<caption>{html.escape(table.caption)}</caption>\n" if table.caption else ""
-    kind = "numbers" if table.numbers else "words"
+    name = f' aria-label="{html.escape(table.caption)}"' if table.caption else ""
     drawn = (
-        f'<div class="scroll" tabindex="0"><table class="{kind}">\n{caption}<thead>\n<tr>{head}</tr>\n</thead>\n'
-        f"<tbody>\n{rows}\n</tbody>\n</table></div>"
+        f'<div class="scroll" tabindex="0"><table class="{"numbers" if table.numbers else "words"}"{name}>\n'
+        f"<thead>\n<tr>{head}</tr>\n</thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>"
     )
-    return f"<details><summary>{html.escape(table.folded)}</summary>\n{drawn}\n</details>" if table.folded else drawn
+    if table.folded:
+        drawn = f"<details><summary>{html.escape(table.folded)}</summary>\n{drawn}\n</details>"
+    # Not a <caption>: that would be as wide as the table, and so be cut off where the table has to be scrolled.
+    return f'{drawn}\n<p class="note">{html.escape(table.caption)}</p>' if table.caption else drawn
 
 
 def _row(table: Table, number: int, row: Sequence[str]) -> str:
     cells = [
-        f'<td class="best">{html.escape(cell)}</td>' if (number, column) in table.best else f"<td>{html.escape(cell)}</td>"
+        f'<td class="best">{_breakable(cell)}</td>' if (number, column) in table.best else f"<td>{_breakable(cell)}</td>"
         for column, cell in enumerate(row[1:], start=1)
     ]
-    return f'<tr><th scope="row">{html.escape(row[0])}</th>{"".join(cells)}</tr>'
+    return f'<tr><th scope="row">{_breakable(row[0])}</th>{"".join(cells)}</tr>'
+
+
+def _breakable(text: str) -> str:
+    """Escaped text that may go on in the next line after punctuation, and anywhere in very long words."""
+    if len(text) <= _SHORT:
+        return html.escape(text)
+    return "<wbr>".join(html.escape(piece) for piece in _PIECES.findall(text))

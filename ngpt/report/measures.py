@@ -8,18 +8,16 @@ from typing import Any
 import numpy as np
 
 from ngpt.report.curves import Series
-from ngpt.report.runs import RunHistory, finite
+from ngpt.report.runs import RunHistory, as_numbers, finite
 
 
 def against(run: RunHistory, metric: str, axis: str = "tokens") -> tuple[Series, Series]:
     """Values of `metric` at values of `axis`, one for each record that has both; NaN where the metric was not finite."""
-    pairs = [
-        (place, value if (value := finite(record[metric])) is not None else math.nan)
-        for record in run.records
-        if metric in record and (place := finite(record.get(axis))) is not None
-    ]
-    pairs.sort(key=lambda pair: pair[0])
-    return np.array([place for place, _ in pairs], dtype=np.float64), np.array([value for _, value in pairs], dtype=np.float64)
+    having = [record for record in run.records if metric in record and axis in record]
+    places, values = (as_numbers([record[name] for record in having]) for name in (axis, metric))
+    known = np.isfinite(places)
+    order = np.argsort(places[known], kind="stable")
+    return places[known][order], values[known][order]
 
 
 def tokens_at(run: RunHistory, step: int) -> float | None:

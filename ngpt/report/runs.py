@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 RECORDS = "metrics.jsonl"
 EVENTS = ("loss_spikes.jsonl", "nonfinite_steps.jsonl")
+_AT_ONCE = 4096  # lines
 _FILES_OF_A_RUN = (RECORDS, "config.yaml", "manifest.json")
 _DEEPEST = 4  # levels below a folder of runs at which runs are looked for: sweeps and comparisons have folders of their own
 
@@ -46,8 +49,10 @@ class RunHistory:
 
     def series(self, metric: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric; values that are missing or not finite are left out."""
-        found = [(record["step"], value) for record in self.records if (value := finite(record.get(metric))) is not None]
-        return [step for step, _ in found], [value for _, value in found]
+        having = [record for record in self.records if metric in record]
+        values = as_numbers([record[metric] for record in having])
+        known = np.isfinite(values)
+        return [record["step"] for record, keep in zip(having, known.tolist(), strict=True) if keep], values[known].tolist()
 
     def last(self, metric: str) -> float | None:
         """The last finite value of a metric, if it has any."""
@@ -65,6 +70,17 @@ def finite(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
+
+
+def as_numbers(values: list[Any]) -> NDArray[np.float64]:
+    """An array of what is in records; NaN for what is no finite number."""
+    try:
+        numbers = np.array(values, dtype=np.float64)  # None becomes NaN
+    except (ValueError, TypeError, OverflowError):
+        numbers = np.empty(())
+    if numbers.shape != (len(values),):  # something else than numbers among them
+        numbers = np.array([math.nan if (number := finite(value)) is None else number for value in values], dtype=np.float64)
+    return np.where(np.isfinite(numbers), numbers, math.nan)
 
 
 def read_run(folder: Path) -> RunHistory:
@@ -141,11 +157,17 @@ def _is_run(folder: Path) -> bool:
 
 
 def _runs_below(folder: Path, levels: int) -> Iterator[Path]:
-    for inner in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+    inner_folders = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    for inner in sorted(inner_folders, key=_natural):
         if _is_run(inner):
             yield inner
         elif levels > 1:
             yield from _runs_below(inner, levels - 1)
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """The order of a person: run2 before run10."""
+    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in re.split(r"(\d+)", path.name)]
 
 
 def _mapping(path: Path, parse: Any, notes: list[str]) -> dict[str, Any]:
@@ -176,23 +198,34 @@ def _json_lines(path: Path, notes: list[str], *, missing_is_fine: bool = False) 
         notes.append(f"{path.name} cannot be read ({type(error).__name__})")
         return []
     lines = text.split("\n")
-    unfinished = lines.pop()
-    found = [_object(line) for line in [*lines, unfinished]]
-    broken = sum(item is None and line.strip() != "" for item, line in zip(found[:-1], lines, strict=True))
+    whole = [line for line in lines[:-1] if line.strip()]
+    found = [item for first in range(0, len(whole), _AT_ONCE) for item in _objects(whole[first : first + _AT_ONCE])]
+    broken = sum(item is None for item in found)
     if broken:
         notes.append(f"{broken} {'line' if broken == 1 else 'lines'} of {path.name} could not be read and left out")
+    found += _objects(lines[-1:])
     return [item for item in found if item is not None]
 
 
-def _object(line: str) -> dict[str, Any] | None:
+def _objects(lines: list[str]) -> list[dict[str, Any] | None]:
+    """The object of each line; None for what is none, or has no step. Read together, they share the strings of their names."""
     try:
-        # One string for every name, however many records have it: long histories would not fit otherwise.
-        item = json.loads(line, object_pairs_hook=lambda pairs: {sys.intern(name): value for name, value in pairs})
+        items = json.loads(f"[{','.join(lines)}]")
+        if len(items) != len(lines):  # a line with a comma of its own
+            raise ValueError
+    except (ValueError, RecursionError):
+        items = [_object(line) for line in lines]
+    for item in items:
+        if isinstance(item, dict) and finite(item.get("step")) is not None:
+            item["step"] = int(item["step"])
+    return [item if isinstance(item, dict) and isinstance(item.get("step"), int) else None for item in items]
+
+
+def _object(line: str) -> Any:
+    try:
+        return json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(item, dict) or finite(item.get("step")) is None:
-        return None
-    return item | {"step": int(item["step"])}
 
 
 def _in_order(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,13 +11,14 @@ import numpy as np
 from ngpt.report.curves import Series
 
 _USUAL = 0.98  # of all values are below what an axis must reach
+_LARGEST_LOG = 700.0  # what exp can still take
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 def short(value: float) -> str:
     """A number in few characters: 1.2M, 350k, 0.004."""
     for size, unit in _UNITS:
-        if abs(value) >= size:
+        if size <= abs(value) < 1e15:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"
 
@@ -61,25 +62,25 @@ def scale_for(lines: Sequence[Series], *, log: bool = False, zero: bool = False,
         whole: the first value of every line is inside.
         room: between the values and the ends, as a share of the axis.
 
-    A few wild values (a loss spike) do not squeeze everything else: a linear axis ends no higher than above the 98th percentile by
-    twice its distance from the lowest value, or at the highest first value.
+    A few wild values (a loss spike) do not squeeze everything else: the axis ends no higher than above the 98th percentile by twice its
+    distance from the lowest value, or at the highest first value.
     """
     finite = [line[np.isfinite(line) & ((line > 0) if log else True)] for line in lines]
     finite = [line for line in finite if len(line)]
     if not finite:
         return Scale(0.0, 1.0) if not log else Scale(1.0, 10.0, log=True)
-    values = np.concatenate(finite)
+    shown = [np.log(line) for line in finite] if log else finite
+    values = np.concatenate(shown)
     low, high = float(values.min()), float(values.max())
-    if log:
-        margin = max((high / low) ** room, 1.02)
-        return Scale(low / margin, high * margin, log=True)
     low = min(low, 0.0) if zero else low
     usual = float(np.quantile(values, _USUAL))
-    high = min(high, max([usual + 2 * (usual - low), *(float(line[0]) for line in finite if whole)]))
+    high = min(high, max([usual + 2 * (usual - low), *(float(line[0]) for line in shown if whole)]))
     if high <= low:  # a constant
-        high, low = high + (abs(high) * 0.1 or 1.0), low - (0.0 if zero else abs(low) * 0.1 or 1.0)
+        apart = 0.1 if log else abs(high) * 0.1 or 1.0
+        high, low = high + apart, low if zero else low - apart
     margin = (high - low) * room
-    return Scale(low if zero and low == 0 else low - margin, high + margin)
+    low, high = low if zero and low == 0 else low - margin, high + margin
+    return Scale(math.exp(low), math.exp(min(high, _LARGEST_LOG)), log=True) if log else Scale(low, high)
 
 
 def _linear_ticks(low: float, high: float, most: int) -> list[float]:

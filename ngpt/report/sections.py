@@ -45,17 +45,17 @@ def sections_of(runs: Sequence[RunHistory]) -> list[Section]:
 # ----------------------------------------------------------------------------------------------------------------------- results
 def _results(runs: Sequence[RunHistory]) -> list[Part]:
     columns = {
-        "progress": [_progress(run) for run in runs],
-        "tokens": [_whole(run.last("tokens")) for run in runs],
         "held-out loss": [figure(run.last("val/loss")) for run in runs],
         "best": [figure(min(run.series("val/loss")[1], default=None)) for run in runs],
         "perplexity": [figure(run.last("val/perplexity")) for run in runs],
         "bits a byte": [figure(run.last("val/bits_per_byte")) for run in runs],
         "train loss": [figure(run.last("train/loss")) for run in runs],
+        "tokens": [_whole(run.last("tokens")) for run in runs],
         "time": [_duration(training_seconds(run)) for run in runs],
         "tokens/s": [figure(_median(run, "throughput/tokens_per_sec"), 3) for run in runs],
         "peak memory, GiB": [figure(peak_gib(run)) for run in runs],
         "optimizer state, GiB": [figure(run.last("memory/optimizer_state_gib")) for run in runs],
+        "steps": [_steps(run) for run in runs],
     }
     shown = {name: cells for name, cells in columns.items() if any(cell != "-" for cell in cells)}
     rows = [[run.name, *cells] for run, cells in zip(runs, zip(*shown.values(), strict=True), strict=True)]
@@ -65,8 +65,7 @@ def _results(runs: Sequence[RunHistory]) -> list[Part]:
         "held-out loss of any evaluation; time is that of training, and tokens/s the median of all records."
     )
     table = Table(["run", *shown], rows, caption, best=best)
-    notes = [f"{run.name}: {note}." for run in runs for note in run.notes]
-    return [table, *notes]
+    return [table, *_notes(runs)]
 
 
 def _lowest(runs: Sequence[RunHistory], name: str, column: int) -> list[tuple[int, int]]:
@@ -76,11 +75,25 @@ def _lowest(runs: Sequence[RunHistory], name: str, column: int) -> list[tuple[in
     return [(values.index(min(known)), column)] if len(known) > 1 else []
 
 
-def _progress(run: RunHistory) -> str:
+def _steps(run: RunHistory) -> str:
     step, planned = int(run.last("step") or 0), planned_steps(run)
-    if planned is None:
-        return f"step {step:,}"
-    return f"done, {step:,} steps" if step >= planned else f"step {step:,} of {planned:,} ({step / planned:.0%})"
+    return f"{step:,} of {planned:,}" if planned and step < planned else f"{step:,}"
+
+
+def _notes(runs: Sequence[RunHistory]) -> list[str]:
+    """What is missing or unfinished, each note once with the runs that it is about."""
+    about: dict[str, list[str]] = {}
+    for run in runs:
+        for note in run.notes:
+            about.setdefault(note, []).append(run.name)
+    lines = [note if len(names) == len(runs) == 1 else f"{note}: {', '.join(names)}" for note, names in about.items()]
+    return [f"{line}." for line in lines] + [line for run in runs if (line := _unfinished(run))]
+
+
+def _unfinished(run: RunHistory) -> str:
+    """What is to be said of a run that has not come to its end."""
+    step, planned = int(run.last("step") or 0), planned_steps(run)
+    return f"{run.name} is not done: step {step:,} of {planned:,} ({100 * step // planned} %)." if planned and step < planned else ""
 
 
 def _whole(value: float | None) -> str:

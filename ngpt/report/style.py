@@ -25,7 +25,7 @@ body { margin: 0 auto; padding: 1.5rem 1.25rem 4rem; max-width: 78rem; backgroun
 h1 { margin: 0; font-size: 1.7rem; line-height: 1.25; overflow-wrap: anywhere; }
 h2 { margin: 2.6rem 0 .7rem; font-size: 1.2rem; }
 p { margin: .4rem 0; max-width: 52rem; overflow-wrap: anywhere; }
-header p, .note, caption, summary { color: var(--quiet); }
+header p, .note, summary { color: var(--quiet); }
 nav { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; margin-top: .6rem; }
 a { color: var(--link); text-decoration: none; }
 a:hover { text-decoration: underline; }
@@ -43,14 +43,15 @@ summary { cursor: pointer; }
 .scroll { overflow-x: auto; margin: .6rem 0; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 details table { font-size: 1em; }
-caption { caption-side: bottom; text-align: left; padding-top: .4rem; font-size: .85rem; max-width: 60rem; }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top; }
 thead th { vertical-align: bottom; font-weight: 600; color: var(--quiet); }
-tbody th { font-weight: 500; min-width: 7rem; max-width: 22rem; overflow-wrap: anywhere; }
+tbody th { font-weight: 500; min-width: 6.5rem; max-width: 22rem; }
+tr > th:first-child { position: sticky; left: 0; background: var(--paper); }
+figure tr > th:first-child { background: var(--card); }
 .numbers td, .numbers thead th + th { text-align: right; padding: .3rem 0 .3rem 1.1rem; }
+.numbers thead th + th { min-width: 6rem; }
 .numbers td { white-space: nowrap; }
-.words td { overflow-wrap: anywhere; min-width: 6rem; }
-.words thead th { overflow-wrap: anywhere; }
+.words td { min-width: 4rem; max-width: 46rem; }
 .best { font-weight: 700; }
 .picture { display: block; width: 100%; height: auto; overflow: visible; }
 svg text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; fill: var(--quiet); }

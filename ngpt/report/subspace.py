@@ -11,9 +11,9 @@ from ngpt.report.runs import RunHistory, finite
 
 HOW_TO = "Not recorded in these runs: logger.statistics_every=100 writes the statistics of every layer each 100 steps, at little cost."
 _MEANS = (
-    ("subspace/captured_energy", "Captured gradient energy, mean of projected matrices, %", 100.0, False),
-    ("subspace/overlap", "Overlap of a subspace with the one before its refresh, mean, %", 100.0, False),
-    ("subspace/rank", "Rank, mean of projected matrices", 1.0, True),
+    ("subspace/captured_energy", "Captured gradient energy, mean of projected matrices, %", 100.0),
+    ("subspace/overlap", "Overlap of a subspace with the one before its refresh, mean, %", 100.0),
+    ("subspace/rank", "Rank, mean of projected matrices", 1.0),
 )
 _OF_LAYERS = (("captured_energy", "captured energy"), ("overlap", "overlap at the last refresh"), ("rank", "rank"))
 _LAYER = re.compile(r"^layers/(?:.*\.)?layers\.(\d+)\.(.+?)(?:\.weight)?/(\w+)$")
@@ -22,7 +22,7 @@ _OTHER = re.compile(r"^layers/(.+?)(?:\.weight)?/(\w+)$")
 
 def subspace_content(runs: Sequence[RunHistory]) -> list[Part]:
     """Means over time, and the last values of each matrix; a note how to record them where no run has them."""
-    charts = charts_of(runs, [metric_chart(runs, name, title, look="dots", scale=scale, zero=zero) for name, title, scale, zero in _MEANS])
+    charts = charts_of(runs, [metric_chart(runs, name, title, look="dots", scale=scale, zero=True) for name, title, scale in _MEANS])
     grids = [grid for run in runs for metric, label in _OF_LAYERS if (grid := _grid(run, metric, label, several=len(runs) > 1))]
     if not charts and not grids:
         return [HOW_TO] if any(_is_projected(run) for run in runs) else []
@@ -41,7 +41,9 @@ def _is_projected(run: RunHistory) -> bool:
 def _grid(run: RunHistory, metric: str, label: str, *, several: bool) -> Grid | None:
     """The last record of a metric by matrix and layer; None where no matrix has it, or all have the same rank."""
     suffix = f"/{metric}"
-    record = next((one for one in reversed(run.records) if any(name.startswith("layers/") and name.endswith(suffix) for name in one)), None)
+    # Statistics of layers have records of their own: the others, which are many more, need not be looked through.
+    own = (one for one in reversed(run.records) if "train/loss" not in one)
+    record = next((one for one in own if any(name.startswith("layers/") and name.endswith(suffix) for name in one)), None)
     if record is None:
         return None
     cells: dict[str, dict[str, float]] = {}

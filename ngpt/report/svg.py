@@ -102,9 +102,10 @@ def grid_svg(grid: Grid) -> str:
 def sample_svg(colour: int, look: str) -> str:
     """A piece of line for a legend."""
     dot = f'<circle class="c{colour % COLOURS}" cx="14" cy="6" r="3"/>' if look == "dots" else ""
-    square = f'<rect class="bar k{colour % COLOURS}" x="8" y="0" width="12" height="12"/>' if look == "square" else ""
+    square = f'<rect class="bar k{colour % COLOURS}" x="0" y="0" width="12" height="12"/>' if look == "square" else ""
     line = "" if square else f'<path class="{_class(colour, look)}"{_dashes(colour)} d="M0 6H28"/>'
-    return f'<svg class="sample" viewBox="0 0 28 12" width="28" height="12" aria-hidden="true">{line}{dot}{square}</svg>'
+    width = 12 if square else 28
+    return f'<svg class="sample" viewBox="0 0 {width} 12" width="{width}" height="12" aria-hidden="true">{line}{dot}{square}</svg>'
 
 
 # ----------------------------------------------------------------------------------------------------------------------- pieces
