@@ -16,6 +16,7 @@ from ngpt.report.svg import beyond
 
 TOKENS = "tokens"
 _HELD_OUT_COLOUR = 1  # of a single run, whose training is drawn in colour 0
+_MOST_RAW = 8  # runs of which lines are drawn as recorded too: more would hide each other
 _FEWEST_FOR_ZOOM = 3  # evaluations in the last half
 _WILD = 10.0  # highest by lowest value from which on an axis is logarithmic
 _SMALL_GIB = 0.25  # below it, memory is shown in MiB
@@ -41,15 +42,17 @@ def metric_chart(
     """One metric of all runs against tokens: with `look="smooth"` as recorded, thin, and smoothed above it."""
     lines: list[Line] = []
     window = 1
+    raw = "thin" if len(runs) <= _MOST_RAW else "unseen"
     for colour, run in enumerate(runs):
         x, y = against(run, metric)
         own = window_of(len(x)) if look == "smooth" else 1
         if own > 1:
-            lines += [Line(run.name, colour, x, y * scale, "thin"), Line(run.name, colour, *smoothed(x, y * scale, own), listed=False)]
+            lines += [Line(run.name, colour, x, y * scale, raw), Line(run.name, colour, *smoothed(x, y * scale, own), listed=False)]
         else:
             lines.append(Line(run.name, colour, x, y * scale, "line" if look == "smooth" else look))
         window = max(window, own)
-    note = f"Thin: as recorded. Thick: median of up to {window} records." if window > 1 else ""
+    thin = "Thin: as recorded. Thick: m" if raw == "thin" else "M"
+    note = f"{thin}edian of up to {window} records." if window > 1 else ""
     return Chart(title, TOKENS, lines, log=log, zero=zero, whole=whole, note=note)
 
 
@@ -92,7 +95,8 @@ def _last_half(chart: Chart, title: str) -> list[Chart]:
     evaluations = max((len(line.x) for line in lines if line.look == "dots"), default=0)
     if evaluations < _FEWEST_FOR_ZOOM:
         return []
-    lines = [line for line in lines if line.look != "thin"]  # smoothed: what is recorded is told apart in the whole chart
+    # Smoothed only: what was recorded can be seen in the whole chart.
+    lines = [dataclasses.replace(line, look="unseen") if line.look == "thin" else line for line in lines]
     return [Chart(title, chart.x_title, lines, key=chart.key, note="The same values on a finer axis.")]
 
 
@@ -181,7 +185,8 @@ def memory_content(runs: Sequence[RunHistory]) -> list[Part]:
 def _kinds(runs: Sequence[RunHistory]) -> dict[str, str]:
     """Metric and name of each kind of memory; the optimizer's state by its parts, where they were recorded."""
     prefix, suffix = "memory/optimizer_", "_gib"
-    names = dict.fromkeys(name for run in runs for name in (run.records[0] if run.records else ()) if name.startswith(prefix))
+    first = [next((record for record in run.records if "memory/weights_gib" in record), {}) for run in runs]
+    names = dict.fromkeys(name for record in first for name in record if name.startswith(prefix))
     found = [name.removeprefix(prefix).removesuffix(suffix) for name in names if name != f"{prefix}state{suffix}"]
     whole = {} if found else {"optimizer_state": "optimizer state"}
     return {"weights": "weights", "gradients": "gradients"} | {f"optimizer_{part}": f"optimizer: {part}" for part in found} | whole

@@ -41,7 +41,8 @@ class Line:
         colour: number of the colour, and of the dashes: that of the run, if lines are runs.
         x: ascending.
         y: NaN where the line is broken.
-        look: `line`; `thin` for raw values under a smoothed line; `dots` for a line with a dot for each value.
+        look: `line`; `thin` for raw values under a smoothed line; `unseen` for values that are only listed; `dots` for a line with a
+            dot for each value.
         listed: whether the chart's table of numbers has it.
     """
 

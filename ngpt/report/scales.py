@@ -27,9 +27,11 @@ def figure(value: float | None, digits: int = 4) -> str:
     """A number of a table, to `digits` significant digits at least; a dash where there is none."""
     if value is None or math.isnan(value):
         return "-"
-    if value != 0 and not 1e-4 <= abs(value) < 1e15:
+    if value == 0:
+        return "0"
+    if not 1e-4 <= abs(value) < 1e15:
         return f"{value:.{digits - 1}e}"
-    whole = len(str(int(abs(value)))) if abs(value) >= 1 else math.ceil(math.log10(abs(value) or 1))
+    whole = len(str(int(abs(value)))) if abs(value) >= 1 else math.floor(math.log10(abs(value))) + 1
     return f"{value:,.{max(0, digits - whole)}f}"
 
 

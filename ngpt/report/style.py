@@ -41,7 +41,7 @@ summary { cursor: pointer; }
 .key span { overflow-wrap: anywhere; }
 .sample { flex: none; }
 .scroll { overflow-x: auto; margin: .6rem 0; }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: separate; border-spacing: 0; font-size: .92rem; font-variant-numeric: tabular-nums; }
 details table { font-size: 1em; }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top; }
 thead th { vertical-align: bottom; font-weight: 600; color: var(--quiet); }

@@ -24,14 +24,15 @@ _MOST_TITLES = 40  # dots with a text of their own
 def chart_svg(chart: Chart) -> str:
     """A chart. Lines are thinned to what can be seen."""
     lines = [line for line in chart.lines if np.isfinite(line.y).any()]
-    if not lines:
+    seen = _seen(lines)
+    if not seen:
         return ""
-    y_scale = _y_scale(chart, lines)
-    x_values = np.concatenate([line.x for line in lines])
+    y_scale = _y_scale(chart, seen)
+    x_values = np.concatenate([line.x for line in seen])
     x_low, x_high = float(x_values.min()), float(x_values.max())
     x_scale = Scale(min(0.0, x_low) if x_low <= 0.2 * x_high else x_low, x_high if x_high > x_low else x_low + 1)
-    buckets = max(60, _POINTS // 2 // max(1, sum(line.look != "thin" for line in lines)))
-    drawn = [_line(line, x_scale, y_scale, min(400, buckets)) for line in sorted(lines, key=lambda line: line.look != "thin")]
+    buckets = max(60, _POINTS // 2 // max(1, sum(line.look != "thin" for line in seen)))
+    drawn = [_line(line, x_scale, y_scale, min(400, buckets)) for line in sorted(seen, key=lambda line: line.look != "thin")]
     marks = [
         f'<path class="c{mark.colour % COLOURS}" d="M{_x(x_scale, mark.x):.1f} {_TOP}l-4 -8h8z">{_title(mark.text)}</path>'
         for mark in chart.marks[:_MOST_MARKS]
@@ -41,8 +42,9 @@ def chart_svg(chart: Chart) -> str:
 
 def beyond(chart: Chart) -> tuple[int, float]:
     """How many values lie above the upper edge of a chart, and the highest of them."""
-    edge = _y_scale(chart, chart.lines).high
-    wild = np.concatenate([line.y[line.y > edge] for line in chart.lines if line.listed] or [np.array([])])
+    seen = _seen(chart.lines)
+    edge = _y_scale(chart, seen).high
+    wild = np.concatenate([line.y[line.y > edge] for line in seen if line.listed] or [np.array([])])
     return len(wild), float(wild.max()) if len(wild) else math.nan
 
 
@@ -118,6 +120,10 @@ def _described(chart: Chart, lines: Sequence[Line]) -> str:
     """The chart in words: for each line its last value."""
     ends = (f"{line.name} ends at {figure(float(line.y[np.isfinite(line.y)][-1]))}" for line in lines if line.listed)
     return f"{chart.title} against {chart.x_title}: {'; '.join(ends)}"
+
+
+def _seen(lines: Sequence[Line]) -> list[Line]:
+    return [line for line in lines if line.look != "unseen"]
 
 
 def _y_scale(chart: Chart, lines: Sequence[Line]) -> Scale:
