@@ -19,7 +19,8 @@ _THREADS = 4
 class Tokenizer:
     """A loaded SentencePiece model.
 
-    Attributes: `vocab_size` ids, `eos_id` closes every document, `pad_id` fills rows (the EOS where the model has no padding id),
+    Attributes: `vocab_size` ids, `eos_id` closes every document, `pad_id` fills rows (the EOS where the model has no padding id), `bos_id`
+    is what some foreign models were trained to see before every text (None where there is no such id; our runs use none),
     `model_bytes` and their sha256 `fingerprint`, `threads` used by `encode`.
     """
 
@@ -36,6 +37,7 @@ class Tokenizer:
         if self.eos_id < 0:
             raise DataError(f"{name}: the model has no EOS id, which closes every document; train it with eos_id >= 0")
         self.pad_id: int = self._processor.pad_id() if self._processor.pad_id() >= 0 else self.eos_id
+        self.bos_id: int | None = self._processor.bos_id() if self._processor.bos_id() >= 0 else None
         self.threads = min(_THREADS, os.cpu_count() or 1)
 
     @classmethod

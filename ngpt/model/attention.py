@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -50,6 +52,9 @@ def apply_rotary(x_BTND: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return turned.to(x_BTND.dtype)
 
 
+KeepKeysValues = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # new keys and values -> those of all tokens so far; (B, ., K, D)
+
+
 class Attention(nn.Module):
     """Self-attention of one block. Every `num_attention_heads / num_key_value_heads` query heads share a key/value head."""
 
@@ -64,13 +69,18 @@ class Attention(nn.Module):
         self.v_proj = Linear(hidden, key_value_width, std=std)
         self.o_proj = Linear(query_width, hidden, std=std)
 
-    def forward(self, x_BTH: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """(B, T, H) -> (B, T, H). `mask`: (B, 1, T, T), True where attention is allowed; None: causal."""
+    def forward(self, x_BTH: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, keep: KeepKeysValues | None = None) -> Tensor:
+        """(B, T, H) -> (B, T, H). `mask`: (B, 1, T, T), True where attention is allowed; None: causal.
+
+        With `keep`, attention reaches back to tokens that are not in `x_BTH`, and the mask has a column for each of them too.
+        """
         q_BTND, k_BTKD, v_BTKD = (
             projection(x_BTH).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q_BNTD = apply_rotary(q_BTND, rotary).transpose(1, 2)
-        k_BNTD, v_BNTD = (self._for_each_query_head(x) for x in (apply_rotary(k_BTKD, rotary), v_BTKD))
+        q_BNTD, k_BTKD = apply_rotary(q_BTND, rotary).transpose(1, 2), apply_rotary(k_BTKD, rotary)
+        if keep is not None:
+            k_BTKD, v_BTKD = keep(k_BTKD, v_BTKD)
+        k_BNTD, v_BNTD = (self._for_each_query_head(x) for x in (k_BTKD, v_BTKD))
         mixed_BNTD = F.scaled_dot_product_attention(q_BNTD, k_BNTD, v_BNTD, attn_mask=mask, is_causal=mask is None)
         return self.o_proj(mixed_BNTD.transpose(1, 2).flatten(2))
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, arange, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint
 
 from ngpt.config.schema import ModelConfig
-from ngpt.model.attention import Attention, document_causal_mask, document_index, positions_in_document, rotary_tables
+from ngpt.model.attention import (
+    Attention,
+    KeepKeysValues,
+    document_causal_mask,
+    document_index,
+    positions_in_document,
+    rotary_tables,
+)
+from ngpt.model.cache import KeyValueCache
 from ngpt.model.cost import head_dim
 from ngpt.model.layers import Embedding, FeedForward, RMSNorm
 from ngpt.model.loss import LanguageModelHead
@@ -24,8 +33,8 @@ class DecoderBlock(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, x_BTH: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        x_BTH = x_BTH + self.self_attn(self.input_layernorm(x_BTH), rotary, mask)
+    def forward(self, x_BTH: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, keep: KeepKeysValues | None = None) -> Tensor:
+        x_BTH = x_BTH + self.self_attn(self.input_layernorm(x_BTH), rotary, mask, keep)
         return x_BTH + self.mlp(self.post_attention_layernorm(x_BTH))
 
 
@@ -55,6 +64,16 @@ class Decoder(nn.Module):
                 x_BTH = checkpoint(block, x_BTH, rotary, mask, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BTH = block(x_BTH, rotary, mask)
+        return self.norm(x_BTH)
+
+    def continue_(self, input_ids_BT: Tensor, cache: KeyValueCache) -> Tensor:
+        """As `forward` for tokens that follow those in `cache`, which takes them up too: (B, T) -> (B, T, H)."""
+        positions, mask = cache.begin(input_ids_BT.shape[1], input_ids_BT.device)
+        rotary = rotary_tables(positions, head_dim(self.config), self.config.rope_theta)
+        x_BTH = self.embed_tokens(input_ids_BT)
+        for index, block in enumerate(self.layers):
+            x_BTH = block(x_BTH, rotary, mask, partial(cache.extend, index))
+        cache.advance(input_ids_BT.shape[1])
         return self.norm(x_BTH)
 
 
@@ -96,6 +115,10 @@ class LlamaForCausalLM(nn.Module):
         if seq_len > max_seq_len:
             raise ValueError(f"a sequence of {seq_len} tokens is longer than model.max_seq_len={max_seq_len}: cut it, or raise max_seq_len")
         return self.lm_head(self.model(input_ids, document_ids), labels)
+
+    def next_logits(self, input_ids_BT: Tensor, cache: KeyValueCache) -> Tensor:
+        """Logits (B, V) of what follows the tokens in `cache` and `input_ids_BT`, which the cache takes up. For use without gradients."""
+        return self.lm_head(self.model.continue_(input_ids_BT, cache)[:, -1])
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -115,5 +115,5 @@ def test_defaults_live_in_the_schema_alone():
 
 
 def test_choices_are_listed_small_models_first():
-    assert group_choices("model") == [f"llama_{size}" for size in ("9m", "20m", "60m", "130m", "350m", "1b", "7b")]
+    assert group_choices("model") == [*(f"llama_{size}" for size in ("9m", "20m", "60m", "130m", "350m", "1b", "7b")), "tinyllama_1b"]
     assert group_choices("data") == ["builtin", "c4", "local_c4", "synthetic", "tokenized"]
