@@ -1,6 +1,6 @@
 """Writes docs/faults.md, the table of every fault and bad input that a test tries: what was tried, expected and seen. `make faults`.
 
-A row is a test whose docstring reads `what is tried | what is expected`; its line is what that test passed or failed with, and saw, in the
+A row is a test whose docstring begins `what is tried | what is expected`; its line is what that test passed or failed with, and saw, in the
 run of the tests that this command starts (or that left the JUnit file given by --from).
 """
 
@@ -51,10 +51,15 @@ def rows_of(root: Path = REPOSITORY) -> dict[tuple[str, str], Row]:
         file = path.relative_to(root).as_posix()
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                tried, bar, expected = " ".join((ast.get_docstring(node) or "").split()).partition(" | ")
+                tried, bar, expected = first_paragraph(ast.get_docstring(node)).partition(" | ")
                 if bar:
                     rows[file, node.name] = Row(file, node.name, tried, expected)
     return rows
+
+
+def first_paragraph(docstring: str | None) -> str:
+    """In one line."""
+    return " ".join((docstring or "").partition("\n\n")[0].split())
 
 
 def add_results(rows: dict[tuple[str, str], Row], results: Path) -> None:

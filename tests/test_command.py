@@ -54,6 +54,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def test_all_mistakes_are_named_at_once_and_before_torch_is_loaded(tmp_path):
+    """Several mistakes in the settings | all named in one error, before torch is loaded; exit code 2"""
     began = time.monotonic()
     done = train(tmp_path, *TINY, "trainer.max_stps=4", "optimizer.rank=999", "data.packing=pak", "+optimizer.betta=1")
     assert done.returncode == 2
@@ -83,6 +84,7 @@ def test_a_mistake_that_shows_only_in_the_files_is_one_message_too(tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_to_a_real_process_saves_exits_with_75_and_the_same_command_continues(tmp_path):
+    """SIGTERM to a trainer | saved, exit code 75; the same command goes on"""
     arguments = [*TINY, "trainer.max_steps=400"]
     process = subprocess.Popen(
         [sys.executable, "-m", "ngpt.train", *arguments], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
@@ -138,6 +140,7 @@ def test_every_job_of_a_sweep_has_a_run_folder_of_its_own(tmp_path):
 
 @pytest.mark.slow
 def test_a_job_that_fails_does_not_keep_the_others_of_a_sweep_from_running(tmp_path):
+    """One job of a sweep fails | the others run; the exit code is the worst"""
     done = train(
         tmp_path, "-m", *TINY, "trainer.max_steps=2", "trainer.max_nonfinite_steps=1", "optimizer.lr=1e30,0.01", "scheduler=constant"
     )

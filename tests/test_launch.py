@@ -86,6 +86,7 @@ def test_the_container_gets_the_arguments_and_no_secret_on_its_command_line(tmp_
 
 @pytest.mark.parametrize(("code", "requeued"), [(75, True), (4, True), (137, True), (0, False), (1, False), (2, False)])
 def test_a_slurm_job_is_queued_again_only_when_the_trainer_can_continue(code: int, requeued: bool, tmp_path: Path) -> None:
+    """A SLURM job ends with 75, 4, 137, 0, 1 or 2 | queued again after the first three only"""
     stub(tmp_path, "srun", f'printf "%s\\n" "$@"; exit {code}')
     stub(tmp_path, "scontrol", 'echo "scontrol $*"')
     done = run("slurm.sbatch", tmp_path, SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID="7")
@@ -96,6 +97,7 @@ def test_a_slurm_job_is_queued_again_only_when_the_trainer_can_continue(code: in
 
 
 def test_a_slurm_job_whose_tasks_die_is_not_queued_for_ever(tmp_path: Path) -> None:
+    """A SLURM job whose tasks die every time | not queued for ever"""
     stub(tmp_path, "srun", "exit 137")
     stub(tmp_path, "scontrol", 'echo "scontrol $*"')
     done = run("slurm.sbatch", tmp_path, SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID="7", SLURM_RESTART_COUNT="10")
@@ -121,6 +123,7 @@ def test_a_sweep_starts_one_launch_for_each_combination_and_stops_at_a_signal(tm
 
 @pytest.mark.slow
 def test_a_rank_that_is_killed_is_named_and_the_same_command_continues(tmp_path: Path) -> None:
+    """kill -9 of rank 1 under torchrun | named once; the same command continues from the newest checkpoint"""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ngpt.train"]
     settings = [*TINY, f"run.dir={tmp_path}", "engine.timeout_seconds=20", "checkpoint.every_steps=5"]
     with subprocess.Popen(
@@ -144,6 +147,7 @@ def test_a_rank_that_is_killed_is_named_and_the_same_command_continues(tmp_path:
 
 @pytest.mark.slow
 def test_a_signal_to_one_rank_under_deepspeeds_launcher_saves_and_exits_with_75(tmp_path: Path) -> None:
+    """SIGTERM to one rank under DeepSpeed's launcher | all save; the launch exits with 75"""
     launch = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", "none", "--num_accelerators", "2", "--module", "ngpt.train"]
     settings = [*TINY, f"run.dir={tmp_path}", "trainer.max_steps=100000"]
     with subprocess.Popen([*launch, *settings], stdout=PIPE, stderr=STDOUT, text=True, cwd=REPOSITORY) as process:

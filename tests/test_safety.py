@@ -140,6 +140,7 @@ def files_with(secret: str, folder: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_a_run_writes_and_says_no_secret_of_its_environment_and_of_its_settings(tmp_path: Path) -> None:
+    """Keys, tokens and passwords in environment, settings and URLs of a run, W&B offline | in no file and no line of output"""
     arguments = [
         "logger.wandb=offline",
         f"logger.group=https://me:{IN_A_URL}@example.org/group",
@@ -160,6 +161,7 @@ def test_a_run_writes_and_says_no_secret_of_its_environment_and_of_its_settings(
 
 @pytest.mark.slow
 def test_a_message_about_a_mistake_tells_no_secret(tmp_path: Path) -> None:
+    """The same in settings that are refused | not in the message"""
     pattern = f"https://me:{IN_A_URL}@example.org/*.json"
     arguments = ["data=local_c4", f"data.train_files=['{pattern}']", f"resume={SECRETS['HF_TOKEN']}", "trainer.max_steps=1"]
     done = train(tmp_path, *arguments, **SECRETS)
@@ -171,6 +173,7 @@ def test_a_message_about_a_mistake_tells_no_secret(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_nobody_else_can_write_to_a_run_folder_even_where_the_umask_lets_them(tmp_path: Path) -> None:
+    """umask 0 | nothing in the run folder can be written by everybody"""
     done = train(tmp_path, "trainer.max_steps=1", umask=0)
     assert done.returncode == 0, done.stderr.decode()
     paths = [tmp_path / "tiny", *(tmp_path / "tiny").rglob("*")]

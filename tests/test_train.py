@@ -176,6 +176,8 @@ def test_a_run_writes_what_the_pages_promise(tmp_path, draws):
 )
 @pytest.mark.parametrize("stopped_at", [1, 5])
 def test_a_run_stopped_by_sigterm_continues_exactly(tmp_path, uninterrupted, stop_after, overrides, stopped_at):
+    """SIGTERM in mid-run, then the same command, seven ways of training | weights, losses and evaluations bit-equal to the run that
+    nobody stopped"""
     straight, stopped = uninterrupted(overrides), tmp_path
     stop_after(stopped_at)
     assert run_in(stopped, *overrides) == 75
@@ -187,6 +189,7 @@ def test_a_run_stopped_by_sigterm_continues_exactly(tmp_path, uninterrupted, sto
 
 
 def test_a_killed_run_goes_back_to_its_checkpoint_and_no_record_comes_twice(tmp_path, monkeypatch):
+    """A run dies after its last checkpoint | goes on from there; no record comes twice"""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     run_in(straight, *LOW_RANK)
 
@@ -207,6 +210,7 @@ def test_a_killed_run_goes_back_to_its_checkpoint_and_no_record_comes_twice(tmp_
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 75)])
 def test_other_signals_save_and_tell_themselves_apart(tmp_path, stop_after, number, code):
+    """SIGUSR1, SIGINT | a checkpoint, exit codes 75 and 130"""
     stop_after(3, number)
     assert run_in(tmp_path, *LOW_RANK) == code
     assert (tmp_path / "tiny" / "checkpoints" / "latest").read_text() == "step-0000003\n"
@@ -270,6 +274,7 @@ def break_gradients(monkeypatch, at_steps):
 
 @pytest.mark.parametrize("apply", ["whole", "deferred"])
 def test_a_nan_gradient_skips_the_update_and_leaves_its_batch_on_disk(tmp_path, monkeypatch, apply):
+    """NaN in a gradient in steps 1 and 4 | both updates skipped and counted; their rows and documents on disk"""
     break_gradients(monkeypatch, {1, 4})
     assert run_in(tmp_path, *LOW_RANK, f"optimizer.apply={apply}") == 0
     rows = [row for row in records(tmp_path) if "train/loss" in row]
@@ -284,6 +289,7 @@ def test_a_nan_gradient_skips_the_update_and_leaves_its_batch_on_disk(tmp_path, 
 @pytest.mark.parametrize("apply", ["whole", "deferred"])
 @pytest.mark.parametrize("optimizer", [HISTORY, [*DIAGONAL, "optimizer.state_dtype=8bit"]], ids=["history", "diagonal"])
 def test_a_skipped_update_changes_neither_weights_nor_state(tmp_path, monkeypatch, optimizer, apply):
+    """NaN in a gradient | weights and optimizer state keep every bit"""
     break_gradients(monkeypatch, {2})
     run_in(
         tmp_path,
@@ -304,6 +310,7 @@ def test_a_skipped_update_changes_neither_weights_nor_state(tmp_path, monkeypatc
 
 
 def test_too_many_skipped_updates_stop_the_run(tmp_path, monkeypatch):
+    """NaN in the gradient of every step, max_nonfinite_steps=3 | the run stops after the third, with what to change"""
     break_gradients(monkeypatch, set(range(1, 100)))
     with pytest.raises(TrainingDiverged, match="3 times in a row"):
         run_in(tmp_path, *LOW_RANK, "trainer.max_nonfinite_steps=3")
@@ -348,6 +355,7 @@ def test_a_branch_is_a_run_of_its_own_and_starts_from_the_checkpoint(tmp_path):
 
 
 def test_going_back_within_a_run_that_is_further_on_is_refused(tmp_path):
+    """resume names a checkpoint of this run that is not the newest | refused, with the way to branch off"""
     run_in(tmp_path, *LOW_RANK, "checkpoint.every_steps=4")
     with pytest.raises(CheckpointError, match=r"newer step-0000008.*run\.name="):
         run_in(tmp_path, *LOW_RANK, f"resume={tmp_path}/tiny/checkpoints/step-0000004")

@@ -121,9 +121,7 @@ def _owner(file: int) -> dict:
 
 def _refusal(folder: Path, owner: dict) -> str:
     who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
-    return (
-        f"{folder}: {who} trains in this run folder already; wait for it, stop it, or start another run with run.name=SOMETHING_ELSE"
-    )
+    return f"{folder}: {who} trains in this run folder already; wait for it, stop it, or start another run with run.name=SOMETHING_ELSE"
 
 
 def _is_file_of(path: Path, file: int) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import queue
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 
@@ -20,6 +22,8 @@ from ngpt.dist.collectives import Collectives
 from ngpt.dist.exit_codes import EXIT_PEER_LOST
 from ngpt.dist.ranks import LaunchError, Ranks
 from ngpt.dist.watch import PeerLost, Watch, is_collective_failure
+
+_SECONDS_TO_ANSWER = 5  # more than torch was given, whose own error says more
 
 
 def choose_device(requested: str, ranks: Ranks) -> torch.device:
@@ -69,8 +73,10 @@ def process_group(
             yield Collectives()
         return
     store = _store(ranks, timeout_seconds)
-    watch = None if ranks.world_size == 1 else Watch(
-        dist.PrefixStore("watch", store.clone()), ranks, timeout_seconds=timeout_seconds, activity=activity
+    watch = (
+        None
+        if ranks.world_size == 1
+        else Watch(dist.PrefixStore("watch", store.clone()), ranks, timeout_seconds=timeout_seconds, activity=activity)
     )
     backend = "nccl" if device.type == "cuda" else "gloo"
     at_end = False
@@ -159,7 +165,7 @@ def _store(ranks: Ranks, timeout_seconds: float) -> dist.Store:
     if ranks.world_size == 1:
         return dist.HashStore()
     try:
-        store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=timedelta(seconds=timeout_seconds)))
+        store = _rendezvous(ranks, timeout_seconds)
     except (dist.DistError, OSError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise LaunchError(
@@ -167,6 +173,29 @@ def _store(ranks: Ranks, timeout_seconds: float) -> dist.Store:
             "check that all processes were started with the same address, and that rank 0 runs there"
         ) from error
     return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _rendezvous(ranks: Ranks, timeout_seconds: float) -> dist.Store:
+    """The store of this launch. torch heeds no timeout where another program holds the port, takes the connection and says nothing.
+
+    Raises DistError or OSError (TimeoutError among them).
+    """
+    answers: queue.Queue[dist.Store | Exception] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            answers.put(next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=timedelta(seconds=timeout_seconds)))[0])
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, name="ngpt-rendezvous", daemon=True).start()
+    try:
+        answer = answers.get(timeout=timeout_seconds + _SECONDS_TO_ANSWER)
+    except queue.Empty:
+        raise TimeoutError("what holds the port does not answer as rank 0 does") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def seed_everything(seed: int) -> None:

@@ -29,7 +29,8 @@ class JsonlSink:
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
         self._path = path
-        self._waiting: list[str] = []
+        self._waiting: list[bytes] = []
+        self._sent = 0  # bytes of the first of them that are in the file
         self._warned = False
         self.rewind(resume_step)
 
@@ -41,20 +42,23 @@ class JsonlSink:
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         temporary.replace(self._path)
+        self._waiting, self._sent = [line for line in self._waiting if _step(line) <= step], 0
         self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
         """Append one record; it is in the file, though not yet forced to disk, when this returns without a warning."""
-        self._waiting.append(json.dumps(record, allow_nan=False) + "\n")
+        self._waiting.append(f"{json.dumps(record, allow_nan=False)}\n".encode())
         try:
             if not self._is_there():
                 logger.warning("%s was removed while the run goes on; it begins again with the next record", self._path)
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file.close()
-                self._file = self._path.open("a", encoding="utf-8")
+                self._file, self._sent = self._path.open("a", encoding="utf-8"), 0
             while self._waiting:
-                os.write(self._file.fileno(), self._waiting[0].encode())
-                del self._waiting[0]
+                self._sent += os.write(self._file.fileno(), self._waiting[0][self._sent :])  # a disk that fills up takes a part
+                if self._sent == len(self._waiting[0]):
+                    del self._waiting[0]
+                    self._sent = 0
             self._warned = False
         except OSError as error:
             if not self._warned:
@@ -177,7 +181,7 @@ def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
-def _step(line: str) -> float:
+def _step(line: str | bytes) -> float:
     """Step of a record; a line that a crash cut off counts as beyond every step."""
     try:
         return json.loads(line)["step"]

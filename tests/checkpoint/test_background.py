@@ -83,6 +83,7 @@ def full_disk(*_arguments, **_keywords):
 
 
 def test_weights_and_state_that_change_while_they_are_written_are_saved_as_they_were(store, gate):
+    """Weights and state change while they are written in the background | what is saved is what they were"""
     training = Training()
     training.step()
     folder = training.save(store, 1)
@@ -125,6 +126,7 @@ def test_one_save_is_on_its_way_at_most(store, monkeypatch):
 
 
 def test_a_failure_in_the_background_surfaces_at_the_next_wait_and_the_next_save_works(store, monkeypatch):
+    """A save in the background fails | told at the next wait; the next save works"""
     Training().save(store, 1)
     store.wait()
     with monkeypatch.context() as patch:
@@ -140,6 +142,7 @@ def test_a_failure_in_the_background_surfaces_at_the_next_wait_and_the_next_save
 
 
 def test_weights_that_are_not_finite_are_found_in_the_background_too(store):
+    """NaN in a weight, saved in the background | not written, and told"""
     training = Training()
     training.tensors["w"][3, 1] = float("nan")
     training.save(store, 1)
@@ -149,6 +152,7 @@ def test_weights_that_are_not_finite_are_found_in_the_background_too(store):
 
 
 def test_an_error_of_the_program_in_the_background_is_not_lost(store, monkeypatch):
+    """An error of the program in the thread that saves | raised in the run"""
     monkeypatch.setattr(contents, "write_optimizer", lambda *_arguments, **_keywords: 1 / 0)
     Training().save(store, 1)
     with pytest.raises(CheckpointError, match="ZeroDivisionError"):
@@ -164,6 +168,7 @@ def test_a_failed_publication_surfaces_too(store, monkeypatch):
 
 
 def test_a_run_that_ends_with_an_error_lets_the_save_finish(store, gate):
+    """The run ends with an error while a save is on its way | the save finishes"""
     folder = Training().save(store, 1)
     threading.Timer(0.1, gate.open).start()
     store.close()
@@ -171,6 +176,7 @@ def test_a_run_that_ends_with_an_error_lets_the_save_finish(store, gate):
 
 
 def test_a_run_that_ends_with_an_error_does_not_wait_for_ever(store, gate, monkeypatch, caplog):
+    """The same, and the save hangs | the run ends, and says that the checkpoint is unfinished"""
     monkeypatch.setattr("ngpt.checkpoint.store.SECONDS_TO_CLOSE", 0.1)
     Training().save(store, 1)
     store.close()
@@ -219,6 +225,7 @@ def test_rank_0_publishes_once_the_files_of_all_ranks_are_there(tmp_path, on_ran
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_failure_of_one_rank_in_the_background_publishes_nothing(tmp_path, on_ranks, failing):
+    """A save in the background fails on one of two ranks | nothing is published"""
     expected = (None, f"[Errno 28] rank {failing}: No space left on device", "step-0000001")
     results = on_ranks(2, save_on_ranks, tmp_path, 1, failing)
     assert [result[1:] for result in results] == [expected[1:]] * 2

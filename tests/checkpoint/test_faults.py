@@ -89,6 +89,8 @@ DAMAGE = {
 # ------------------------------------------------------------------------------------------------------------ broken files
 @pytest.mark.parametrize("name", FILES)
 def test_a_broken_file_is_named_and_the_run_continues_from_the_checkpoint_before(tmp_path, caplog, name):
+    """Each file of the newest checkpoint in turn: a byte flipped, cut short, emptied, lengthened, missing | named; the run goes on from
+    the checkpoint before"""
     save(open_store(tmp_path / "0"), 1)
     save(open_store(tmp_path / "0"), 2)
     for number, (what, damage) in enumerate(DAMAGE.items(), start=1):
@@ -107,6 +109,7 @@ def test_a_broken_file_is_named_and_the_run_continues_from_the_checkpoint_before
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_of_another_step_is_found(store, caplog, name):
+    """Each file of a checkpoint in turn replaced by that of another step | named; the checkpoint before is taken"""
     first, second = save(store, 1), save(store, 2)
     shutil.copyfile(first / name, second / name)
     assert store.newest_good() == first
@@ -115,6 +118,7 @@ def test_a_file_of_another_step_is_found(store, caplog, name):
 
 
 def test_a_file_of_the_same_step_of_another_run_is_found(store, tmp_path, caplog):
+    """Weights replaced by those of the same step of another run | named with where they are from; the checkpoint before is taken"""
     other = open_store(tmp_path / "other")
     first, second = save(store, 1), save(store, 2)
     shutil.copyfile(save(other, 2) / "model.safetensors", second / "model.safetensors")
@@ -123,6 +127,7 @@ def test_a_file_of_the_same_step_of_another_run_is_found(store, tmp_path, caplog
 
 
 def test_a_whole_checkpoint_of_another_run_is_passed_over_unless_it_is_asked_for(store, tmp_path, caplog):
+    """A whole checkpoint of another run copied in | passed over, unless `resume` names it"""
     first = save(store, 1)
     foreign = shutil.copytree(save(open_store(tmp_path / "other"), 2), store.folder / "step-0000002")
     assert store.newest_good() == first
@@ -131,6 +136,7 @@ def test_a_whole_checkpoint_of_another_run_is_passed_over_unless_it_is_asked_for
 
 
 def test_checkpoints_stay_readable_where_the_runs_identifier_is_lost_or_broken(store):
+    """The run's identifier is lost or garbage | checkpoints load all the same, and the next save finds it again"""
     folder = save(store, 1)
     (store.folder / "run-id").write_bytes(b"\xff nonsense")
     assert store.newest_good() == folder
@@ -141,6 +147,7 @@ def test_checkpoints_stay_readable_where_the_runs_identifier_is_lost_or_broken(s
 
 
 def test_a_checkpoint_under_another_steps_name_is_found(store, caplog):
+    """A checkpoint copied under another step's name | found by its manifest; the true one is taken"""
     first = save(store, 1)
     shutil.copytree(first, store.folder / "step-0000005")
     assert store.newest_good() == first
@@ -148,14 +155,27 @@ def test_a_checkpoint_under_another_steps_name_is_found(store, caplog):
 
 
 def test_state_of_another_number_of_ranks_beside_ours_is_found(store, caplog):
+    """A file of a save by another number of ranks among the others | named; the checkpoint before is taken"""
     first, second = save(store, 1), save(store, 2)
     shutil.copyfile(second / FILES[1], second / "optimizer-00001-of-00002.safetensors")
     assert store.newest_good() == first
     assert "optimizer-00001-of-00002.safetensors does not belong to this checkpoint" in caplog.text
 
 
+def test_the_newest_is_the_one_with_the_highest_step_whatever_the_clock_said(store, seen):
+    """The clock jumped back between saves, so that older checkpoints have newer times | the one of the highest step is taken and kept"""
+    for step in (1, 2, 3):
+        folder = save(store, step)
+        for path in [folder, *folder.iterdir()]:
+            os.utime(path, (1e9 - step, 1e9 - step))
+    assert store.newest_good().name == "step-0000003"
+    assert sorted(path.name for path in store.folder.glob("step-*")) == ["step-0000002", "step-0000003"]
+    seen(store.newest_good().name)
+
+
 @pytest.mark.parametrize("content", ["", "garbage\n", "step-0000009\n", "step-0000001\n"])
 def test_the_pointer_to_the_latest_is_for_people_and_leads_no_run_astray(store, content):
+    """`latest` is empty, garbage, names a missing or an old checkpoint | the newest good one is taken"""
     save(store, 1)
     newest = save(store, 2)
     (store.folder / "latest").write_text(content)
@@ -163,6 +183,7 @@ def test_the_pointer_to_the_latest_is_for_people_and_leads_no_run_astray(store, 
 
 
 def test_if_all_checkpoints_are_broken_nothing_starts_at_step_0_by_itself(store):
+    """Every checkpoint is broken | an error with the reason of each; nothing is changed, and nothing begins at step 0 again"""
     for step in (1, 2):
         flip(save(store, step) / "model.safetensors", 50)
     before = sorted(store.folder.rglob("*"))
@@ -175,12 +196,14 @@ def test_if_all_checkpoints_are_broken_nothing_starts_at_step_0_by_itself(store)
 
 
 def test_if_all_step_folders_are_gone_nothing_starts_at_step_0_by_itself(store):
+    """All step folders were removed by hand | an error; nothing begins at step 0 again"""
     shutil.rmtree(save(store, 1))
     with pytest.raises(CheckpointError, match="there is no step folder in it"):
         store.newest_good()
 
 
 def test_a_run_whose_first_save_was_cut_off_starts_at_step_0_and_says_so(store, caplog):
+    """The very first save was cut off | the run starts at step 0 and says so"""
     folder = save(store, 1)
     (folder / COMPLETE).unlink()
     (store.folder / "latest").unlink()
@@ -189,6 +212,7 @@ def test_a_run_whose_first_save_was_cut_off_starts_at_step_0_and_says_so(store, 
 
 
 def test_a_checkpoint_without_a_manifest_from_before_there_were_any_loads_with_a_warning(store, caplog):
+    """A checkpoint from before there were manifests | loads with a warning: not verified"""
     folder = save(store, 1)
     (folder / MANIFEST).unlink()
     (folder / COMPLETE).write_bytes(b"")
@@ -200,6 +224,7 @@ def test_a_checkpoint_without_a_manifest_from_before_there_were_any_loads_with_a
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "..", "a/b", ""])
 def test_a_manifest_cannot_name_files_outside_its_folder(name):
+    """A manifest names ../x, /etc/passwd and the like | refused"""
     files = {name: {"size": 1, "sha256": ""}}
     content = json.dumps({"format": "ngpt checkpoint", "version": 1, "run": "r", "step": 1, "ranks": 1, "files": files})
     with pytest.raises(ValueError, match="a file is called"):
@@ -216,6 +241,7 @@ class Payload:
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_pickle_in_place_of_a_file_is_refused_and_not_run(store, tmp_path, name):
+    """A malicious pickle in place of each file, verified or not | refused, and never run"""
     first, second = save(store, 1), save(store, 2)
     (second / name).write_bytes(pickle.dumps(Payload(tmp_path / "was run")))
     assert store.newest_good() == first
@@ -229,6 +255,7 @@ def test_a_pickle_in_place_of_a_file_is_refused_and_not_run(store, tmp_path, nam
 
 # -------------------------------------------------------------------------------------- going on after a checkpoint was broken
 def test_a_run_that_fell_back_replaces_the_broken_checkpoint_and_keeps_its_files_aside(store):
+    """A run that fell back comes to the broken step again | a good checkpoint takes its place, the broken files stay aside"""
     save(store, 1)
     flip(save(store, 2) / "model.safetensors", 50)
     again = open_store(store.folder)
@@ -239,6 +266,7 @@ def test_a_run_that_fell_back_replaces_the_broken_checkpoint_and_keeps_its_files
 
 
 def test_a_run_that_fell_back_and_was_stopped_before_the_broken_step_continues_from_what_it_saved_last(store):
+    """A run that fell back is stopped before the step that was broken, and that one is mended | the run's own newest save counts"""
     save(store, 2)
     flip(save(store, 9) / "model.safetensors", 50)
     again = open_store(store.folder)
@@ -249,6 +277,7 @@ def test_a_run_that_fell_back_and_was_stopped_before_the_broken_step_continues_f
 
 
 def test_what_was_passed_over_goes_when_it_is_older_than_all_that_is_kept(store):
+    """A checkpoint that was passed over | goes when it is older than all that are kept"""
     save(store, 1)
     flip(save(store, 2) / "model.safetensors", 50)
     again = open_store(store.folder)
@@ -260,6 +289,7 @@ def test_what_was_passed_over_goes_when_it_is_older_than_all_that_is_kept(store)
 
 # --------------------------------------------------------------------------------------------------------------- retention
 def test_a_broken_checkpoint_does_not_count_among_those_that_are_kept(store):
+    """keep=2, and one of the two is broken | an older good one stays"""
     save(store, 1)
     cut(save(store, 2) / "model.safetensors", 50)
     save(store, 3)
@@ -269,6 +299,7 @@ def test_a_broken_checkpoint_does_not_count_among_those_that_are_kept(store):
 
 
 def test_the_only_good_checkpoint_is_never_removed(tmp_path):
+    """keep=1, and all but the oldest checkpoint are broken | the only good one stays"""
     store = open_store(tmp_path, keep=1)
     save(store, 1)
     for step in (2, 3, 4):
@@ -288,6 +319,8 @@ def test_milestones_stay(tmp_path):
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_fails_no_save(store, monkeypatch, caplog):
+    """An old checkpoint cannot be removed | the new one is published; a warning"""
+
     def refuse(_folder):
         raise PermissionError(13, "Permission denied", "there")
 
@@ -334,6 +367,8 @@ def save_and_die_at(folder, call):
 
 
 def test_a_kill_at_any_moment_of_a_save_leaves_it_whole_or_not_at_all(tmp_path):
+    """kill -9 before each fsync, rename, mkdir and unlink of a save in turn | the checkpoint is there whole or not at all; the next save
+    works"""
     for step in (1, 2):
         save(open_store(tmp_path / "before"), step)
     newest_after = []
@@ -358,6 +393,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_it_whole_or_not_at_all(tmp_path):
 
 @pytest.mark.parametrize("size", [0, 100, NUMBERS * 2, NUMBERS * 4 + 50])
 def test_a_kill_in_the_middle_of_a_file_leaves_the_checkpoints_before(store, size):
+    """The process dies in the middle of a file, at four sizes | the checkpoint before is the newest, and the next save works"""
     before = save(store, 1)
 
     def die_at_size():
@@ -373,6 +409,8 @@ def test_a_kill_in_the_middle_of_a_file_leaves_the_checkpoints_before(store, siz
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_during_a_save_lets_it_finish(store, number):
+    """SIGTERM, SIGUSR1 or SIGINT in the middle of a save | the save finishes; then the run stops"""
+
     def weights():
         os.kill(os.getpid(), number)
         yield "w", torch.full((NUMBERS,), 1.0)
@@ -387,7 +425,10 @@ def test_a_signal_during_a_save_lets_it_finish(store, number):
 # -------------------------------------------------------------------------------------------------------- disks that refuse
 @pytest.mark.parametrize("name", ["random.safetensors", "model.safetensors", "optimizer-00000-of-00001.safetensors"])
 def test_a_file_that_may_not_grow_fails_the_save_and_leaves_no_litter(store, name):
-    """The limit stops the first file that is larger than one byte less than this one, which is each in turn."""
+    """Each file of a save in turn may not grow (RLIMIT_FSIZE) | the save fails, no litter; the checkpoint before stays, the next save works
+
+    The limit stops the first file that is larger than one byte less than this one, which is each in turn.
+    """
     before = save(store, 1)
     size = (before / name).stat().st_size - 1
 
@@ -404,6 +445,7 @@ def test_a_file_that_may_not_grow_fails_the_save_and_leaves_no_litter(store, nam
 
 
 def test_too_little_space_is_found_before_a_file_is_begun(store, monkeypatch):
+    """Less space than a checkpoint needs | found before a file is begun, with both figures"""
     before = save(store, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: namedtuple("Usage", "free")(1000))
     monkeypatch.setattr("ngpt.checkpoint.contents.write_tensors", None)
@@ -432,6 +474,8 @@ def unprivileged_folder():
 
 
 def test_a_folder_that_turns_read_only_fails_the_save_and_leaves_the_checkpoints_before(unprivileged_folder):
+    """The checkpoint folder turns read-only (as no root) | the save fails, the checkpoint before stays; writable again, the next save
+    works"""
     store = open_store(unprivileged_folder)
     before = save(store, 1)
     unprivileged_folder.chmod(0o555)
@@ -444,6 +488,7 @@ def test_a_folder_that_turns_read_only_fails_the_save_and_leaves_the_checkpoints
 
 
 def test_a_read_only_folder_is_refused_at_the_start(unprivileged_folder):
+    """A read-only checkpoint folder (as no root) | refused when the run starts"""
     unprivileged_folder.mkdir()
     unprivileged_folder.chmod(0o555)
     with pytest.raises(CheckpointError, match="no checkpoints can be written to"):
@@ -451,12 +496,14 @@ def test_a_read_only_folder_is_refused_at_the_start(unprivileged_folder):
 
 
 def test_a_file_in_place_of_the_folder_is_refused_at_the_start(tmp_path):
+    """A file where the checkpoint folder should be | refused when the run starts"""
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(CheckpointError, match="no checkpoints can be written to"):
         open_store(tmp_path / "checkpoints").check_writable()
 
 
 def test_a_folder_removed_while_the_run_goes_on_is_made_again(store):
+    """The checkpoint folder is removed while the run goes on | made again by the next save"""
     store.check_writable()
     save(store, 1)
     shutil.rmtree(store.folder)
@@ -465,6 +512,7 @@ def test_a_folder_removed_while_the_run_goes_on_is_made_again(store):
 
 
 def test_a_save_that_fails_is_warned_of_and_the_run_goes_on(caplog):
+    """A save fails, checkpoint.on_error=warn | a warning; the run goes on"""
     with failures_tolerated("warn"):
         raise OSError(28, "No space left on device")
     assert "No space left on device" in caplog.text
@@ -473,11 +521,13 @@ def test_a_save_that_fails_is_warned_of_and_the_run_goes_on(caplog):
 
 @pytest.mark.parametrize(("on_error", "last"), [("stop", False), ("warn", True)])
 def test_a_save_that_fails_ends_the_run_if_asked_or_if_it_is_the_last(on_error, last):
+    """A save fails, checkpoint.on_error=stop, or it is the last of the run | the run ends with an error"""
     with pytest.raises(CheckpointError, match="No space left"), failures_tolerated(on_error, last=last):
         raise OSError(28, "No space left on device")
 
 
 def test_other_errors_of_a_save_are_never_swallowed():
+    """An error of the program during a save | not taken for a failure of the disk"""
     with pytest.raises(ZeroDivisionError), failures_tolerated("warn"):
         _ = 1 / 0
 
@@ -486,6 +536,7 @@ def test_other_errors_of_a_save_are_never_swallowed():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_are_never_written(store, dtype, value):
+    """NaN, Inf or -Inf in one weight, three dtypes | the checkpoint is not written; the one before stays"""
     before = save(store, 1)
     weights = {"v": torch.zeros(3, dtype=dtype), "w": torch.zeros(NUMBERS, dtype=dtype)}
     weights["w"][77] = value
@@ -496,6 +547,7 @@ def test_weights_that_are_not_finite_are_never_written(store, dtype, value):
 
 
 def test_masters_that_are_not_finite_are_never_written(store):
+    """NaN in a master weight | the checkpoint is not written"""
     broken = StatePart(torch.tensor([1.0, float("nan")]), torch.Size((2,)), 0, 2)
     with pytest.raises(NotFinite, match="w/master has NaN"):
         store.save(1, **contents(1) | {"optimizer": {"w/master": broken}})

@@ -42,6 +42,7 @@ def test_the_same_settings_are_silent():
     ],
 )
 def test_what_must_stay_is_refused_by_name(override, named):
+    """Resume with another model, rank, precision, batch, data or seed | refused, naming the setting and both values"""
     with pytest.raises(ResumeError, match="must not change") as error:
         check_settings(settings(), settings(override), checkpoint="runs/x/step-0000100")
     assert named in str(error.value)
@@ -50,6 +51,7 @@ def test_what_must_stay_is_refused_by_name(override, named):
 
 
 def test_another_tokenizer_is_refused_by_its_content():
+    """Resume with another tokenizer under the same path | refused by its content"""
     with pytest.raises(ResumeError, match=r"tokenizer\.fingerprint: 'abc' in the checkpoint, 'def' now"):
         check_settings(settings(), settings(fingerprint="def"), checkpoint="c")
 

@@ -138,6 +138,7 @@ def test_8_bit_state_keeps_its_bits_on_the_same_ranks(tmp_path, parts_kit, state
 def test_a_full_disk_of_one_rank_fails_the_save_of_all_and_leaves_the_checkpoints_before(
     tmp_path, parts_kit, state, on_ranks, rank, function
 ):
+    """The disk of one of several ranks is full | the save fails on all, naming the rank; the checkpoint before stays"""
     layouts = parts_kit.layout(state, 2)
     on_ranks(2, save, tmp_path, layouts, 1)
     failed = on_ranks(2, save, tmp_path, layouts, 2, (rank, *function.split(".")))
@@ -157,6 +158,7 @@ def test_a_step_that_has_a_checkpoint_keeps_it(tmp_path, parts_kit, state, on_ra
 
 
 def test_all_ranks_take_rank_0s_word_for_what_there_is(tmp_path, parts_kit, state, on_ranks):
+    """Ranks see different folders, as on a slow network file system | all take rank 0's word"""
     on_ranks(2, save, tmp_path, parts_kit.layout(state, 2))
     step = tmp_path / "step-0000001"
     assert on_ranks(2, newest_as_rank_0_sees_it, tmp_path) == [(step, step, {"saved by": 0})] * 2
@@ -167,6 +169,7 @@ def test_all_ranks_take_rank_0s_word_for_what_there_is(tmp_path, parts_kit, stat
 
 
 def test_state_that_does_not_fit_on_one_rank_changes_nothing_on_any(tmp_path, parts_kit, state, on_ranks):
+    """Optimizer state that does not fit on one rank | all refuse, naming rank and shapes; no state is changed"""
     layouts = parts_kit.layout(state, 2)
     on_ranks(2, save, tmp_path, layouts)
     others = [parts_kit.blank(parts) for parts in layouts]
@@ -229,6 +232,7 @@ def refused_start(folder):
 
 
 def test_a_broken_file_of_any_rank_makes_all_ranks_fall_back_together(tmp_path, parts_kit, state, on_ranks):
+    """Each file of a checkpoint of two ranks broken in turn, resumed on 2 and on 3 | all ranks fall back to the same checkpoint"""
     layouts = parts_kit.layout(state, 2)
     for step in (1, 2):
         on_ranks(2, save, tmp_path / "good", layouts, step)
@@ -246,6 +250,7 @@ def test_a_broken_file_of_any_rank_makes_all_ranks_fall_back_together(tmp_path, 
 
 
 def test_a_file_that_may_not_grow_on_one_rank_fails_the_save_of_all(tmp_path, parts_kit, state, on_ranks):
+    """A file of rank 1 may not grow | the save fails on both, naming rank 1; no litter; the next save works"""
     layouts = parts_kit.layout(state, 2)
     on_ranks(2, save, tmp_path, layouts, 1)
     failed = on_ranks(2, save_with_a_limit_on_rank_1, tmp_path, layouts, 2, 100)
@@ -256,6 +261,7 @@ def test_a_file_that_may_not_grow_on_one_rank_fails_the_save_of_all(tmp_path, pa
 
 
 def test_weights_that_are_not_finite_on_one_rank_are_saved_by_none(tmp_path, parts_kit, state, on_ranks):
+    """NaN in the part of a master weight that rank 1 holds | no rank saves; rank and name are told"""
     layouts = parts_kit.layout(state, 2)
     on_ranks(2, save, tmp_path, layouts, 1)
     for message, newest in on_ranks(2, save_what_is_not_finite, tmp_path, layouts):
@@ -264,6 +270,7 @@ def test_weights_that_are_not_finite_on_one_rank_are_saved_by_none(tmp_path, par
 
 
 def test_a_folder_that_one_rank_cannot_write_to_is_refused_on_all(tmp_path, on_ranks):
+    """A folder that one rank cannot write to | refused on all when the run starts, naming the rank"""
     (tmp_path / "a file").write_text("")
     messages = on_ranks(2, refused_start, tmp_path)
     assert "rank 1: Not a directory" in messages[0]

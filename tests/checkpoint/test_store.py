@@ -84,6 +84,7 @@ def test_steps_are_compared_as_numbers(tmp_path):
 
 
 def test_a_folder_without_its_mark_is_passed_over_and_said_so(store, caplog):
+    """A checkpoint folder without `.complete` | passed over, and said so"""
     save(store, 1)
     (save(store, 2) / COMPLETE).unlink()
     assert store.newest().name == "step-0000001"
@@ -101,6 +102,7 @@ def full_disk(*_arguments, **_keywords):
     "at", ["contents.write_tensors", "contents.write_optimizer", "contents.write_durably", "store.sync", "store.mark_complete"]
 )
 def test_a_save_that_fails_leaves_the_earlier_ones_and_the_next_one_works(store, monkeypatch, at):
+    """A save fails at each of its stages | the earlier ones stay, and the next one works"""
     good = save(store, 1)
     with monkeypatch.context() as patch:
         patch.setattr(f"ngpt.checkpoint.{at}", full_disk)
@@ -168,6 +170,7 @@ def test_a_missing_folder_is_named(tmp_path):
 @pytest.mark.parametrize("content", [b"{ not what it was", b"", None], ids=["garbage", "empty", "missing"])
 @pytest.mark.parametrize("name", FILES)
 def test_a_broken_file_is_named(store, name, content):
+    """A file of a checkpoint without manifest is nonsense | an error that names it"""
     folder = save(store, 1)
     (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
     readers = dict(
@@ -188,6 +191,8 @@ def test_a_broken_file_is_named(store, name, content):
 
 
 def test_weights_that_do_not_fit_are_a_matter_of_the_checkpoint(store):
+    """Weights of another shape | an error that names the checkpoint"""
+
     def refuse(_file):
         raise ValueError("these weights do not fit the model:\n  missing: v")
 

@@ -56,6 +56,7 @@ NO_SUCH = {
 
 @pytest.mark.parametrize("override", NO_SUCH)
 def test_an_unknown_setting_is_an_error_that_names_the_nearest(override: str):
+    """Settings that do not exist, with and without + | refused, naming the nearest"""
     assert problems_of(override) == [NO_SUCH[override]]
 
 
@@ -81,6 +82,7 @@ WRONG = {
 
 @pytest.mark.parametrize("override", WRONG)
 def test_a_value_of_the_wrong_kind_is_an_error_that_names_the_right_kind(override: str):
+    """Values of the wrong kind | refused, naming the right kind"""
     assert problems_of(override) == [WRONG[override]]
 
 
@@ -149,6 +151,7 @@ def test_a_mistake_in_an_experiment_is_named_with_its_file(own_experiment):
 
 
 def test_text_that_hydra_cannot_parse_is_an_error():
+    """An override that cannot be parsed | refused"""
     assert "no viable alternative" in problems_of("optimizer.lr=[3")[0]
 
 

@@ -275,6 +275,7 @@ RULES = {
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_broken_rule_is_named_with_value_and_fix_and_nothing_else_is(rule: str, config: RunConfig, problems_of: Problems):
+    """Each rule of the settings broken in turn | named with value, rule and fix, and nothing else is"""
     changes, line = RULES[rule]
     for path, value in changes.items():
         put(config, path, value)
@@ -490,6 +491,7 @@ def test_a_path_may_start_at_the_home_folder(
 
 
 def test_globs_must_match_something(config: RunConfig, problems_of: Problems, folder: Path, tokenizer_model: bytes):
+    """Globs that match no file | refused before training"""
     config.tokenizer.path = str(folder / "t.model")
     (folder / "t.model").write_bytes(tokenizer_model)
     config.data = LocalC4DataConfig()
@@ -508,6 +510,7 @@ def test_globs_must_match_something(config: RunConfig, problems_of: Problems, fo
 
 
 def test_no_file_is_trained_on_and_evaluated_on(config: RunConfig, problems_of: Problems, folder: Path, tokenizer_model: bytes):
+    """A file in both data.train_files and data.val_files | refused"""
     config.tokenizer.path = str(folder / "t.model")
     (folder / "t.model").write_bytes(tokenizer_model)
     for name in ("a.jsonl", "b.jsonl"):

@@ -88,6 +88,7 @@ def test_this_python_has_enough_prose() -> None:
 
 
 def test_a_damaged_cache_is_not_believed(library: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+    """The cache of the built-in text is damaged | made again"""
     monkeypatch.setattr(builtin.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
     documents = standard_library_prose()
     (cache,) = own_cache.rglob("*.jsonl")
@@ -97,6 +98,7 @@ def test_a_damaged_cache_is_not_believed(library: Path, monkeypatch: pytest.Monk
 
 
 def test_no_cache_can_be_written_and_nothing_breaks(library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The cache cannot be written | nothing breaks"""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(builtin.sysconfig, "get_paths", lambda: {"stdlib": str(library)})

@@ -59,6 +59,7 @@ def test_every_suffix_is_read(tmp_path: Path, suffix: str) -> None:
     ],
 )
 def test_a_bad_line_is_skipped_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture, line: bytes, reason: str) -> None:
+    """Lines that are no JSON, no object, without text, with text of another type, not UTF-8 | skipped, counted, named with file and line"""
     path = tmp_path / "text.jsonl"
     path.write_bytes(lines_of(GOOD[:2]) + line + b"\n" + lines_of(GOOD[2:]))
     with caplog.at_level(logging.WARNING):
@@ -70,6 +71,7 @@ def test_a_bad_line_is_skipped_counted_and_named(tmp_path: Path, caplog: pytest.
 
 
 def test_empty_documents_are_skipped_and_do_not_count_as_bad(tmp_path: Path) -> None:
+    """Empty documents | skipped, and counted apart"""
     path = tmp_path / "text.jsonl"
     path.write_bytes(lines_of(["", "  \n ", *GOOD]) + b"\n   \n")
     texts, skipped = read(path, limit=0)
@@ -78,6 +80,7 @@ def test_empty_documents_are_skipped_and_do_not_count_as_bad(tmp_path: Path) -> 
 
 
 def test_odd_but_legal_text_is_kept(tmp_path: Path) -> None:
+    """NUL characters, odd white space, other scripts | kept as they are"""
     path = tmp_path / "text.jsonl"
     texts = ["nul \0 byte", "x" * 3_000_000, "a", "\N{GRINNING FACE} line\nbreak"]
     path.write_bytes(lines_of(texts).rstrip(b"\n"))
@@ -85,6 +88,7 @@ def test_odd_but_legal_text_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_truncated_gzip_loses_its_remainder_and_the_next_file_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A truncated gzip file | what can be read is read; one bad document; the next file follows"""
     broken, sound = tmp_path / "a.json.gz", tmp_path / "b.json.gz"
     texts = [os.urandom(40).hex() for _ in range(2000)]
     broken.write_bytes(gzip.compress(lines_of(texts))[:-30_000])
@@ -100,6 +104,7 @@ def test_a_truncated_gzip_loses_its_remainder_and_the_next_file_is_read(tmp_path
 
 @pytest.mark.parametrize("position", [5, 3000, -6])
 def test_a_corrupt_gzip_is_one_bad_document(tmp_path: Path, position: int) -> None:
+    """A flipped byte in a gzip file | one bad document, and no wrong text"""
     broken, sound = tmp_path / "a.json.gz", tmp_path / "b.json.gz"
     texts = [os.urandom(40).hex() for _ in range(500)]
     data = bytearray(gzip.compress(lines_of(texts)))
@@ -114,6 +119,7 @@ def test_a_corrupt_gzip_is_one_bad_document(tmp_path: Path, position: int) -> No
 
 
 def test_a_truncated_zstd_is_noticed(tmp_path: Path) -> None:
+    """A truncated zstd file | noticed, one bad document"""
     zstandard = pytest.importorskip("zstandard")
     broken = tmp_path / "a.json.zst"
     broken.write_bytes(zstandard.compress(lines_of([os.urandom(40).hex() for _ in range(5000)]))[:-2000])
@@ -123,6 +129,7 @@ def test_a_truncated_zstd_is_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("contents", [b"", gzip.compress(b"")])
 def test_an_empty_file_has_no_documents(tmp_path: Path, contents: bytes) -> None:
+    """An empty file | no documents, no error"""
     empty, sound = tmp_path / "a.json.gz", tmp_path / "b.json.gz"
     empty.write_bytes(contents)
     sound.write_bytes(gzip.compress(lines_of(GOOD)))
@@ -130,6 +137,7 @@ def test_an_empty_file_has_no_documents(tmp_path: Path, contents: bytes) -> None
 
 
 def test_an_absurdly_long_line_is_never_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line longer than the limit | one bad document, never held in memory"""
     monkeypatch.setattr(json_lines, "MAX_LINE_BYTES", 1000)
     path = tmp_path / "text.jsonl"
     path.write_bytes(lines_of(GOOD[:2]) + lines_of(["x" * 5_000_000]) + lines_of(GOOD[2:]) + lines_of(["y" * 2000])[:-1])
@@ -139,6 +147,7 @@ def test_an_absurdly_long_line_is_never_held_in_memory(tmp_path: Path, monkeypat
 
 
 def test_too_many_bad_documents_stop_the_reading(tmp_path: Path) -> None:
+    """More bad documents than data.max_bad_documents | a clear error"""
     path = tmp_path / "text.jsonl"
     path.write_bytes(b"broken\n" * 4 + lines_of(GOOD))
     assert read(path, limit=4)[0] == GOOD
@@ -170,6 +179,7 @@ def test_a_resumed_run_does_not_count_a_bad_document_twice(tmp_path: Path, open_
 
 
 def test_an_error_of_the_reading_thread_reaches_the_loop_every_time(tmp_path: Path, open_loader: Callable) -> None:
+    """The thread that reads data fails | its error is raised by every further `next`, never a wait for ever"""
     (tmp_path / "text.jsonl").write_bytes(b"broken\n" * 3)
     loader = open_loader(LocalC4DataConfig(train_files=[str(tmp_path / "*.jsonl")], max_bad_documents=2))
     for _ in range(2):
@@ -178,12 +188,14 @@ def test_an_error_of_the_reading_thread_reaches_the_loop_every_time(tmp_path: Pa
 
 
 def test_files_without_any_document_are_an_error_not_an_endless_loop(tmp_path: Path, open_loader: Callable) -> None:
+    """Files without a single document | an error, not an endless loop"""
     (tmp_path / "text.jsonl").write_bytes(lines_of(["", ""]))
     with pytest.raises(DataError, match="no usable document"):
         next(open_loader(LocalC4DataConfig(train_files=[str(tmp_path / "*.jsonl")])))
 
 
 def test_an_empty_glob_and_an_unknown_suffix_are_refused(tmp_path: Path) -> None:
+    """A glob that matches nothing; a file of an unknown kind | refused by name"""
     with pytest.raises(DataError, match=r"data.train_files: no file matches .*nothing\*"):
         expand_globs([str(tmp_path / "nothing*")], option="data.train_files")
     (tmp_path / "text.csv").write_text("a,b")

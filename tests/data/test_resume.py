@@ -162,6 +162,7 @@ def test_the_state_in_the_middle_of_a_global_batch_is_refused(data: DataConfig, 
 
 
 def test_a_state_of_other_settings_is_refused_by_name(corpus: Path, open_loader: OpenLoader) -> None:
+    """Resume with other settings of the data | refused, naming what was and what is"""
     data = LocalC4DataConfig(train_files=[str(corpus / "*.json.gz")])
     state = open_loader(data).state_dict()
     with pytest.raises(DataError, match=r"seq_len was 16, is 32") as caught:
@@ -201,6 +202,7 @@ def test_a_corpus_that_moved_continues(files_data: Callable[[str], DataConfig], 
 def test_other_files_under_the_same_setting_are_refused(
     files_data: Callable[[str], DataConfig], tmp_path: Path, open_loader: OpenLoader
 ) -> None:
+    """Resume with other files under the same glob | refused"""
     data = files_data("here")
     state = open_loader(data).state_dict()
     lose_the_last_file(tmp_path / "here")
@@ -244,6 +246,7 @@ def test_a_renamed_file_is_another_file(corpus: Path, tmp_path: Path, open_loade
 
 
 def test_a_part_of_the_state_is_not_enough(corpus: Path, open_loader: OpenLoader) -> None:
+    """Resume with the data state of one of two ranks | refused"""
     data = LocalC4DataConfig(train_files=[str(corpus / "*.json.gz")], streams=4)
     with pytest.raises(DataError, match=r"lacks streams \[2, 3\]"):
         open_loader(data).load_state_dict(open_loader(data, rank=0, world_size=2).state_dict())

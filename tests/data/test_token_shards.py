@@ -103,12 +103,14 @@ def test_evaluation_uses_the_held_out_rows(folder: Path, tokenizer: Tokenizer) -
 
 
 def test_shards_of_another_tokenizer_are_refused(folder: Path, open_loader: Callable) -> None:
+    """Token shards of another tokenizer | refused"""
     edit_manifest(folder, lambda record: record.update(tokenizer="f" * 64))
     with pytest.raises(DataError, match=r"written with the tokenizer ffffffffffff\.\.\..*tokenise the text again"):
         open_loader(TokenizedDataConfig(train_files=[str(folder)]))
 
 
 def test_a_shard_of_another_size_is_refused(folder: Path, open_loader: Callable) -> None:
+    """A token shard of another size than its manifest says | refused"""
     with open(folder / "shard-00002.bin", "ab") as out:
         out.write(b"\0\0")
     with pytest.raises(DataError, match=r"shard-00002.bin: \d+ bytes, but the manifest says \d+.*data_prep.verify"):
@@ -120,12 +122,14 @@ def test_a_shard_of_another_size_is_refused(folder: Path, open_loader: Callable)
 
 @pytest.mark.parametrize("name", ["../secret.bin", "/etc/passwd", "sub/shard.bin", "..", "", "a\\b", None, 3])
 def test_a_manifest_cannot_name_files_outside_its_folder(folder: Path, name: object) -> None:
+    """A manifest of shards names files elsewhere | refused"""
     edit_manifest(folder, lambda record: record["shards"][0].update(file=name))
     with pytest.raises(DataError, match=r"is not a file of this folder|not a text"):
         read_manifest(folder)
 
 
 def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    """A shard that is a link out of its folder | refused"""
     outside = tmp_path / "outside.bin"
     (folder / "shard-00000.bin").rename(outside)
     (folder / "shard-00000.bin").symlink_to(outside)
@@ -144,6 +148,7 @@ def test_a_broken_manifest_is_refused(tmp_path: Path, contents: str, message: st
 
 
 def test_an_unfinished_folder_is_refused(tmp_path: Path) -> None:
+    """A folder whose tokenisation did not finish | refused"""
     with pytest.raises(DataError, match=r"manifest.json: No such file.*data_prep.tokenize"):
         read_manifest(tmp_path)
 

@@ -44,6 +44,7 @@ def test_a_fingerprint_is_of_the_model_not_of_its_file(tokenizer: Tokenizer, tmp
 
 @pytest.mark.parametrize("contents", [b"", b"this is no model", b"\x00" * 100])
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path, contents: bytes) -> None:
+    """A tokenizer file that is none | refused"""
     (tmp_path / "broken.model").write_bytes(contents)
     with pytest.raises(DataError, match=r"broken.model: "):
         Tokenizer.load(tmp_path / "broken.model")
@@ -55,6 +56,7 @@ def test_a_missing_model_says_how_to_train_one(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused_with_both_sizes(open_loader: Callable, tokenizer: Tokenizer) -> None:
+    """A tokenizer with more ids than the model has | refused with both sizes, before training"""
     with pytest.raises(DataError, match=rf"model.vocab_size = 64: must be at least .* pieces, {tokenizer.vocab_size}; set"):
         open_loader(SyntheticDataConfig(), vocab_size=64)
 

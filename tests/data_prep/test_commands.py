@@ -107,6 +107,7 @@ def test_shards_hold_the_text_and_pass_verification(
 def test_a_killed_job_continues_to_the_same_bytes(
     text: Path, model: Path, tmp_path: Path, run_here: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Tokenisation is killed | continues to the same bytes"""
     whole, out = tmp_path / "whole", tmp_path / "tokens"
     assert run_here(text, model, whole) == 0
     original, made = tokenize.tokenize_file, []
@@ -194,6 +195,7 @@ def test_verify_finds_the_damage(
     damage: Callable,
     message: str,
 ) -> None:
+    """Shards damaged in several ways | `data_prep.verify` finds each"""
     out = tmp_path / "tokens"
     assert run_here(text, model, out) == 0
     damaged = damage(np.fromfile(out / "shard-00001.bin", dtype="<u2")).astype("<u2")

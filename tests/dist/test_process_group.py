@@ -15,6 +15,7 @@ from ngpt.dist.ranks import Ranks
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_refused_with_the_way_out():
+    """trainer.device=cuda where there is no GPU | refused, with what to do"""
     assert choose_device("auto", Ranks()) == torch.device("cpu")
     with pytest.raises(ValueError, match=r"trainer\.device = cuda.*trainer\.device=auto"):
         choose_device("cuda", Ranks())

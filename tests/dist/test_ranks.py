@@ -63,6 +63,7 @@ def test_other_processes_of_a_slurm_job_are_alone(environment):
     ],
 )
 def test_half_an_environment_is_refused_by_name(environment, message):
+    """RANK without WORLD_SIZE and the like | refused, naming what is missing"""
     with pytest.raises(LaunchError, match=message):
         ranks_from_environment(environment)
 

@@ -27,6 +27,7 @@ def check_with_a_flipped_bit(on_rank: int | None) -> str:
 
 
 def test_equal_weights_pass_and_a_flipped_bit_names_rank_and_parameter(on_ranks):
+    """One bit of one weight flipped on one of three ranks | the check of replicas names rank and parameter on all"""
     assert on_ranks(3, check_with_a_flipped_bit, None) == ["equal"] * 3
     said = on_ranks(3, check_with_a_flipped_bit, 1)
     assert all(text.startswith("step 20: down on rank 1 differs") for text in said)
@@ -76,6 +77,7 @@ def test_a_rank_with_other_data_is_named(on_ranks):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64])
 def test_any_changed_element_and_any_exchange_changes_the_hash(dtype):
+    """Each element changed, and any two exchanged | the hash differs"""
     tensor = torch.arange(1, 101).to(dtype)
     for place in (0, 50, 99):
         changed = tensor.clone()

@@ -31,6 +31,7 @@ def begin():
 
 
 def test_a_rank_without_a_sign_of_life_is_named_and_the_lowest_of_the_others_speaks(begin):
+    """One of three ranks falls silent in a collective | named; the lowest of the others says it, once; code 4"""
     first, second, lost = (begin(rank, 3) for rank in range(3))
     lost.close()
     with pytest.raises(PeerLost, match="rank 2 died or was stopped: no sign of life") as caught:
@@ -43,6 +44,7 @@ def test_a_rank_without_a_sign_of_life_is_named_and_the_lowest_of_the_others_spe
 
 
 def test_where_rank_0_is_lost_rank_1_speaks(begin):
+    """Rank 0 falls silent | rank 1 says so"""
     lost, second = begin(0, 2), begin(1, 2)
     lost.close()
     found = second.explain(GLOO)
@@ -51,11 +53,13 @@ def test_where_rank_0_is_lost_rank_1_speaks(begin):
 
 
 def test_a_rank_that_lives_and_does_not_come_is_late(begin):
+    """A rank lives and does not come to a collective | said to be late, not dead"""
     first, _ = begin(0, 2), begin(1, 2)
     assert "rank 1 did not come to a collective within 60 s" in str(first.explain(GLOO))
 
 
 def test_what_one_rank_reports_is_what_the_others_say_with_its_exit_code(begin):
+    """One rank fails with an error of its own | the others end with its words and its exit code"""
     first, second = begin(0, 2), begin(1, 2)
     second.report("data/x.jsonl line 3: not JSON", 2)
     found = first.explain(GLOO)
@@ -64,6 +68,7 @@ def test_what_one_rank_reports_is_what_the_others_say_with_its_exit_code(begin):
 
 
 def test_a_main_thread_that_waits_for_ever_is_ended_with_the_message(begin, capfd):
+    """A main thread waits for ever for a rank that failed | the process is ended, with the message"""
     ended: list[int] = []
     watch, second = begin(0, 2, ended=ended), begin(1, 2, ended=[])
     second.report("on purpose", 2)
@@ -73,6 +78,7 @@ def test_a_main_thread_that_waits_for_ever_is_ended_with_the_message(begin, capf
 
 
 def test_silence_beyond_the_timeout_ends_ranks_that_are_in_no_collective(begin):
+    """A rank is silent while the others are in no collective | they end all the same"""
     ended: list[int] = []
     watch, lost = begin(0, 2, ended=ended, timeout=0.5), begin(1, 2)
     lost.close()

@@ -88,6 +88,7 @@ def test_what_ngpt_sets_itself_names_both_settings(options, setting):
     ],
 )
 def test_what_our_optimizer_cannot_honour_is_refused_with_a_reason(options):
+    """Options of DeepSpeed that the optimizer cannot honour | refused, each with its reason"""
     line = only_problem(options)
     assert line.count(":") >= 1
     assert "no such option" not in line
@@ -103,6 +104,7 @@ def test_what_our_optimizer_cannot_honour_is_refused_with_a_reason(options):
     ],
 )
 def test_a_misspelt_option_gets_a_suggestion(options, meant):
+    """A misspelt option of DeepSpeed | refused with a suggestion"""
     assert f"did you mean {meant}?" in only_problem(options)
 
 

@@ -390,6 +390,7 @@ def skip(stage: int, apply: str, poison: str) -> tuple[bool, bool, float]:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("apply", "poison"), [("deferred", "loss"), ("deferred", "gradient"), ("immediate", "loss")])
 def test_all_ranks_skip_an_update_that_is_not_finite_on_one(on_ranks, stage, apply, poison):
+    """NaN in the loss or a gradient of one rank, ZeRO 0 to 3, deferred and immediate | skipped on all; weights and state keep every bit"""
     expected = train(local_engine(), range(2), micro_batches=1)[1]
     for applied, unchanged, loss in on_ranks(2, skip, stage, apply, poison):
         assert not applied
@@ -458,6 +459,7 @@ def test_the_installed_deepspeed_is_what_the_engine_expects():
 
 
 def test_what_moved_in_deepspeed_is_named(monkeypatch):
+    """A name of DeepSpeed's that this project relies on has moved | named when the engine starts"""
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.partition_parameters import Init
 
@@ -476,6 +478,7 @@ def test_what_moved_in_deepspeed_is_named(monkeypatch):
 
 @pytest.mark.parametrize("version", ["0.19.2", "0.20.0", "1.0"])
 def test_another_minor_version_is_refused(version):
+    """Another minor version of DeepSpeed | refused"""
     def load(name: str) -> ModuleType:
         found: Any = __import__(name, fromlist=["_"])
         return SimpleNamespace(__version__=version) if name == "deepspeed" else found  # type: ignore[return-value]

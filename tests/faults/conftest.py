@@ -54,6 +54,34 @@ def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ngpt.summary.plot_run", lambda *_args, **_kwargs: None)
 
 
+class Left:
+    """What a run in a folder has left: `records`, `weights` and `log`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "tiny"
+
+    def records(self) -> list[dict[str, Any]]:
+        rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [row for row in rows if "train/loss" in row]
+
+    def losses(self) -> list[float]:
+        return [row["train/loss"] for row in self.records()]
+
+    def weights(self, step: int) -> dict[str, Any]:
+        return load_file(self.folder / f"checkpoints/step-{step:07d}/model.safetensors")
+
+    def log(self) -> str:
+        return (self.folder / "train.log").read_text()
+
+    def checkpoints(self) -> list[str]:
+        return sorted(path.parent.name for path in self.folder.glob("checkpoints/step-*/.complete"))
+
+
+@pytest.fixture(scope="session")
+def left() -> type[Left]:
+    return Left
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> SimpleNamespace:
     """`run(*overrides, folder=...)` trains in this process; `records`, `weights` and `log` read what it left."""
@@ -61,17 +89,14 @@ def tiny(tmp_path: Path) -> SimpleNamespace:
     def run(*overrides: str, folder: Path = tmp_path) -> int:
         return train(compose_run([*TINY, f"run.dir={folder}", *overrides]), [*TINY, *overrides])
 
-    def records(folder: Path = tmp_path) -> list[dict[str, Any]]:
-        rows = [json.loads(line) for line in (folder / "tiny/metrics.jsonl").read_text().splitlines()]
-        return [row for row in rows if "train/loss" in row]
-
-    def weights(step: int, folder: Path = tmp_path) -> dict[str, Any]:
-        return load_file(folder / f"tiny/checkpoints/step-{step:07d}/model.safetensors")
-
-    def log(folder: Path = tmp_path) -> str:
-        return (folder / "tiny/train.log").read_text()
-
-    return SimpleNamespace(run=run, records=records, weights=weights, log=log, settings=TINY, folder=tmp_path / "tiny")
+    return SimpleNamespace(
+        run=run,
+        records=lambda folder=tmp_path: Left(folder).records(),
+        weights=lambda step, folder=tmp_path: Left(folder).weights(step),
+        log=lambda folder=tmp_path: Left(folder).log(),
+        settings=TINY,
+        folder=tmp_path / "tiny",
+    )
 
 
 @pytest.fixture(scope="session")
@@ -104,27 +129,17 @@ def rank_server() -> Iterator[Callable[[dict[str, Any]], list[int]]]:
 def break_ranks(
     rank_server: Callable[[dict[str, Any]], list[int]], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., list[SimpleNamespace]]:
-    """`break_ranks(folder, breaks, *overrides, ranks=2)`: trains on some processes, of which some break; code and words of each."""
+    """`break_ranks(folder, breaks, *overrides, ranks=2, port=0)`: trains on some processes, of which some break; code and words of each."""
 
-    def run(folder: Path, breaks: str = "", *overrides: str, ranks: int = 2, seconds: float = 150) -> list[SimpleNamespace]:
+    def run(folder: Path, breaks: str = "", *overrides: str, ranks: int = 2, port: int = 0, seconds: float = 150) -> list[SimpleNamespace]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+            port = port or free.getsockname()[1]
         said = tmp_path_factory.mktemp("said") / "rank"
         settings = [*TINY, "engine.timeout_seconds=20", f"run.dir={folder}", *overrides]
         order = {"ranks": ranks, "settings": settings, "port": port, "said": str(said), "breaks": breaks.split(), "seconds": seconds}
         codes = rank_server(order)
         words = [Path(f"{said}-{rank}").read_text(errors="replace") for rank in range(ranks)]
         return [SimpleNamespace(code=code, said=text) for code, text in zip(codes, words, strict=True)]
-
-    return run
-
-
-@pytest.fixture
-def two_ranks(break_ranks: Callable[..., list[SimpleNamespace]], tmp_path: Path) -> Callable[..., list[SimpleNamespace]]:
-    """`two_ranks(breaks, *overrides, folder=...)`: `break_ranks` in the folder of `tiny`."""
-
-    def run(breaks: str, *overrides: str, folder: Path = tmp_path) -> list[SimpleNamespace]:
-        return break_ranks(folder, breaks, *overrides)
 
     return run

@@ -1,7 +1,8 @@
-"""Faults of a run on one process: each test is one fault, its docstring says `fault | expected`."""
+"""Faults of a run on one process."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -9,7 +10,10 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +27,7 @@ from ngpt.loop.spikes import SpikeRule
 from ngpt.loop.train_loop import TrainingDiverged
 from ngpt.out_of_memory import OutOfMemory
 from ngpt.run import Run, exit_code_of
+from ngpt.telemetry.sinks import JsonlSink
 
 SPIKES = ["trainer.spike_window=8", "trainer.spike_deviations=4", "eval.every_steps=0", "eval.at_end=false", "scheduler.warmup_steps=0"]
 
@@ -48,7 +53,7 @@ def loss_times_100(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------- spikes
-def test_a_loss_spike_is_logged_and_counted(tiny, loss_times_100, record_property):
+def test_a_loss_spike_is_logged_and_counted(tiny, loss_times_100, seen):
     """A loss a hundred times those before it, on_spike=log | a warning, train/loss_spikes, the batch's rows on disk; training goes on"""
     loss_times_100(5)
     assert tiny.run(*SPIKES) == 0
@@ -57,7 +62,8 @@ def test_a_loss_spike_is_logged_and_counted(tiny, loss_times_100, record_propert
     [entry] = [json.loads(line) for line in (tiny.folder / "loss_spikes.jsonl").read_text().splitlines()]
     assert entry["step"] == 5
     assert len(entry["batches"]) == 2
-    record_property("seen", "counted at step 5, rows of 2 micro-batches written")
+    spikes = tiny.records()[-1]["train/loss_spikes"]
+    seen(f"train/loss_spikes {spikes}; step {entry['step']} with {len(entry['batches'])} micro-batches on disk")
 
 
 @pytest.mark.parametrize("apply", ["deferred", "whole"])
@@ -71,23 +77,25 @@ def test_a_loss_spike_is_skipped_before_it_touches_a_weight(tiny, loss_times_100
     assert tiny.records()[-1]["optim/skipped_steps"] == 1
 
 
-def test_a_loss_spike_sends_the_run_back_and_on_past_the_offending_batches(tiny, loss_times_100, monkeypatch, record_property):
-    """The same, on_spike=rollback | weights and state of the last checkpoint, data goes on behind the spike; no step comes twice"""
-    seen = []
+@pytest.mark.parametrize("apply", ["deferred", "immediate"])
+def test_a_loss_spike_sends_the_run_back_and_on_past_the_offending_batches(tiny, loss_times_100, monkeypatch, seen, apply):
+    """The same, on_spike=rollback, also with updates inside backward | back to the last checkpoint, data goes on behind; no step twice"""
+    results = []
     record = Run.record
 
     def look(self, result):
         record(self, result)
-        seen.append((result.step, result.batches[0].first_row))
+        results.append((result.step, result.batches[0].first_row))
 
     monkeypatch.setattr(Run, "record", look)
     loss_times_100(6)
-    assert tiny.run(*SPIKES, "checkpoint.every_steps=4", "trainer.on_spike=rollback") == 0
-    assert [step for step, _ in seen] == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8]
-    assert [row for _, row in seen] == list(range(0, 80, 8))
+    settings = [f"optimizer.apply={apply}", f"trainer.micro_batch_size={8 if apply == 'immediate' else 4}"]
+    assert tiny.run(*SPIKES, *settings, "checkpoint.every_steps=4", "trainer.on_spike=rollback") == 0
+    assert [step for step, _ in results] == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8]
+    assert [row for _, row in results] == list(range(0, 80, 8))
     assert [row["step"] for row in tiny.records()] == list(range(1, 9))
     assert tiny.records()[-1]["train/rollbacks"] == 1
-    record_property("seen", "steps 1-6, back to 4, 5-8 on the batches after the spike")
+    seen(f"steps {[step for step, _ in results]} on rows from {[row for _, row in results]}")
 
 
 def test_spikes_that_keep_coming_stop_the_run(tiny, loss_times_100):
@@ -128,7 +136,7 @@ def test_one_nan_does_not_blind_the_window():
 
 
 # ------------------------------------------------------------------------------------------------------------------ data
-def test_unreadable_data_in_mid_run_saves_the_last_finished_step_first(tiny, tmp_path, monkeypatch, record_property):
+def test_unreadable_data_in_mid_run_saves_the_last_finished_step_first(tiny, tmp_path, monkeypatch, seen):
     """Data that cannot be read in the middle of step 5 | checkpoint of step 4, exit code 2; once mended, the same bits as never broken"""
     assert tiny.run(folder=tmp_path / "straight") == 0
     broken = tmp_path / "broken"
@@ -148,7 +156,24 @@ def test_unreadable_data_in_mid_run_saves_the_last_finished_step_first(tiny, tmp
     assert (broken / "tiny/checkpoints/latest").read_text() == "step-0000004\n"
     assert tiny.run(folder=broken) == 0
     assert same(tiny.weights(8, broken), tiny.weights(8, tmp_path / "straight"))
-    record_property("seen", "step-0000004 saved; mended run ends bit-equal")
+    seen(f"{caught.value}; {(broken / 'tiny/train.log').read_text().count('continuing from')} resume, final weights bit-equal")
+
+
+@pytest.mark.parametrize("end", [MemoryError("no room for a window"), SystemExit(3), KeyError("text")], ids=["memory", "exit", "program"])
+def test_a_data_thread_that_dies_of_anything_ends_the_run_with_its_error(tiny, monkeypatch, end):
+    """The thread that prepares batches dies, of lack of memory, an exit, an error of the program | the run ends with that; no hang"""
+    prepare = TrainLoader._prepare
+
+    def die_at_fifth(self, global_batches):
+        for number, prepared in enumerate(prepare(self, global_batches)):
+            if number == 4:
+                raise end
+            yield prepared
+
+    monkeypatch.setattr(TrainLoader, "_prepare", die_at_fifth)
+    with pytest.raises((type(end), OutOfMemory)):
+        tiny.run()
+    assert len(tiny.records()) == 2
 
 
 def test_a_batch_without_a_single_label_does_no_harm(tiny, monkeypatch):
@@ -212,7 +237,7 @@ def test_a_run_folder_that_cannot_be_written_is_refused_at_the_start(tiny, tmp_p
     assert exit_code_of(caught.value) == 2
 
 
-def test_a_run_folder_removed_while_running_is_made_again(tiny, monkeypatch, record_property):
+def test_a_run_folder_removed_while_running_is_made_again(tiny, monkeypatch, seen):
     """The run folder is deleted while the run goes on | a warning, log and metrics begin again, the last checkpoint is written"""
     record = Run.record
 
@@ -226,7 +251,81 @@ def test_a_run_folder_removed_while_running_is_made_again(tiny, monkeypatch, rec
     assert [row["step"] for row in tiny.records()] == [5, 6, 7, 8]
     assert "was removed while the run goes on" in tiny.log()
     assert (tiny.folder / "checkpoints/step-0000008/.complete").exists()
-    record_property("seen", "records 5 to 8 and the last checkpoint are there; those before the removal are gone")
+    seen(f"records of steps {[row['step'] for row in tiny.records()]} and the last checkpoint are there")
+
+
+@pytest.fixture
+def as_nobody(tmp_path):
+    """A folder of a user who is not root, and the switch to that user and back, as nothing is read-only to root."""
+    is_root, folder = os.geteuid() == 0, Path(tempfile.mkdtemp())
+    if is_root:
+        os.chown(folder, 65534, 65534)
+
+    def switch(on=True):
+        if is_root:
+            os.seteuid(65534 if on else 0)
+
+    yield SimpleNamespace(folder=folder, switch=switch)
+    switch(False)
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_dir():
+            path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def test_a_folder_of_runs_that_is_read_only_is_refused_at_the_start(tiny, as_nobody):
+    """run.dir is read-only (as no root) | refused before the model is built, naming run.dir and the cause; exit code 2"""
+    as_nobody.folder.chmod(0o555)
+    as_nobody.switch()
+    with pytest.raises(ConfigError, match=r"run\.dir = .*must be a folder that can be written \(Permission denied\)") as caught:
+        tiny.run(folder=as_nobody.folder)
+    assert exit_code_of(caught.value) == 2
+
+
+def test_a_run_folder_that_turns_read_only_costs_checkpoints_and_not_the_run(tiny, as_nobody, monkeypatch, seen):
+    """The run folder turns read-only in steps 3 to 6 (as no root) | the saves in between fail with a warning; training goes on, the rest is
+    written"""
+    record, folder = Run.record, as_nobody.folder / "tiny"
+
+    def turn(self, result):
+        record(self, result)
+        if result.step in (2, 6):
+            for path in (folder, folder / "checkpoints"):
+                path.chmod(0o555 if result.step == 2 else 0o755)
+                os.chown(path, 65534 if os.geteuid() == 0 else -1, -1)
+            as_nobody.switch(result.step == 2)
+
+    monkeypatch.setattr(Run, "record", turn)
+    settings = ["checkpoint.every_steps=1", "checkpoint.keep=9", "eval.every_steps=0"]
+    assert tiny.run(*settings, folder=as_nobody.folder) == 0
+    saved = sorted(int(path.parent.name[-1]) for path in folder.glob("checkpoints/step-*/.complete"))
+    assert saved == [1, 2, 6, 7, 8]
+    assert [row["step"] for row in tiny.records(as_nobody.folder)] == list(range(1, 9))
+    assert "Permission denied" in tiny.log(as_nobody.folder)
+    seen(f"checkpoints of steps {saved}; all 8 records")
+
+
+def test_records_that_the_disk_takes_in_part_are_whole_lines_in_the_end(tmp_path, monkeypatch, seen):
+    """A full disk takes half a record, then none, then all; also when the run goes back meanwhile | no record is lost, cut or doubled"""
+    sink, write, room = JsonlSink(tmp_path / "metrics.jsonl", resume_step=0), os.write, [9, 0, None]
+
+    def full_disk(file, data):
+        left = room.pop(0) if room else None
+        if left == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, data[:left])
+
+    monkeypatch.setattr(os, "write", full_disk)
+    for step in (1, 2, 3):
+        sink.write({"step": step, "tokens": step})
+    room = [9, 0, None]
+    sink.write({"step": 4, "tokens": 4})
+    sink.rewind(3)
+    sink.write({"step": 4, "tokens": 4})
+    sink.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    seen(f"steps {[json.loads(line)['step'] for line in lines]} in the file")
 
 
 # ---------------------------------------------------------------------------------------------------------------- memory
@@ -278,6 +377,20 @@ def test_a_clock_that_runs_backward_makes_no_negative_time_or_rate(tiny, monkeyp
         assert all(value >= 0 for name, value in row.items() if name.startswith(("time/", "throughput/")) and value is not None)
 
 
+def test_a_clock_that_jumps_ahead_is_no_hang_and_no_lost_rank(tiny, monkeypatch, seen):
+    """The wall clock jumps ahead by a day at every look, hang_seconds=10 | the run ends as always: no clock is asked what hangs"""
+    now = [1.7e9]
+
+    def forward():
+        now[0] += 86400
+        return now[0]
+
+    monkeypatch.setattr(time, "time", forward)
+    assert tiny.run("trainer.hang_seconds=10") == 0
+    assert tiny.records()[-1]["step"] == 8
+    seen(f"step {tiny.records()[-1]['step']} of 8 done, {tiny.records()[-1]['time/step_s']:.3f} s a step")
+
+
 def test_two_deterministic_runs_agree_bit_for_bit(tiny, tmp_path, monkeypatch):
     """trainer.deterministic=true, twice | the same losses and weights, bit for bit (CPU); the mode is on during the run, off after it"""
     during = []
@@ -296,7 +409,7 @@ def test_two_deterministic_runs_agree_bit_for_bit(tiny, tmp_path, monkeypatch):
     assert same(tiny.weights(8, tmp_path / "one"), tiny.weights(8, tmp_path / "two"))
 
 
-def test_a_process_that_hangs_alone_writes_its_stacks_and_ends(tmp_path, tiny):
+def test_a_process_that_hangs_alone_writes_its_stacks_and_ends(tmp_path, tiny, seen):
     """A step that never ends on one process, hang_seconds=10 | stacks in the run folder, exit code 4, the step and the line are named"""
     code = (
         "import sys, time; from ngpt.engine.local import LocalEngine; from ngpt.train import main\n"
@@ -307,4 +420,5 @@ def test_a_process_that_hangs_alone_writes_its_stacks_and_ends(tmp_path, tiny):
     done = subprocess.run([sys.executable, "-c", code, *settings], capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 4, done.stderr
     assert "no progress for 10 s (trainer.hang_seconds): step 1, busy in train_step.py" in done.stderr
+    seen(done.stderr.strip().splitlines()[-1])
     assert "stuck_here" in (tiny.folder / "stacks.rank-0.log").read_text()

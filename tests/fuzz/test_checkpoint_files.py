@@ -75,6 +75,7 @@ def expect_ours(action: Callable[[], Any]) -> None:
 def test_any_damage_to_a_tensor_file_gives_tensors_as_announced_or_an_error_of_ours(
     tmp_path: Path, damaged: Callable[..., Iterator[bytes]]
 ) -> None:
+    """Seeded damage to a tensor file | tensors as announced, or an error of ours"""
     for data in damaged(write(tmp_path / "a.safetensors"), 800):
         path = tmp_path / "a.safetensors"
         path.write_bytes(data)
@@ -86,6 +87,7 @@ def test_any_damage_to_a_tensor_file_gives_tensors_as_announced_or_an_error_of_o
 def test_a_tensor_file_whose_header_says_anything_gives_tensors_as_announced_or_an_error_of_ours(
     tmp_path: Path, name: str, key: str | None, value: Any
 ) -> None:
+    """Any value in the header of a tensor file | tensors as announced, or an error of ours"""
     path = tmp_path / "a.safetensors"
     content = write(path)
     length = int.from_bytes(content[:8], "little")
@@ -100,6 +102,7 @@ def test_a_tensor_file_whose_header_says_anything_gives_tensors_as_announced_or_
 
 
 def test_a_header_that_claims_to_be_huge_is_refused(tmp_path: Path) -> None:
+    """A header that claims to be huge | refused"""
     for length in (2**63, 2**40, 10**8 + 1, 100):
         (tmp_path / "a.safetensors").write_bytes(length.to_bytes(8, "little") + b"{" * 50)
         with pytest.raises(CheckpointError, match=r"a\.safetensors cannot be read"):
@@ -126,6 +129,7 @@ def store(tmp_path: Path) -> CheckpointStore:
 def test_any_damage_to_any_file_of_a_checkpoint_is_noticed_and_the_one_before_is_taken(
     store: CheckpointStore, damaged: Callable[..., Iterator[bytes]]
 ) -> None:
+    """Seeded damage to every file of a checkpoint | noticed; the one before is taken"""
     older, newer = sorted(store.folder.glob("step-*"))
     for path in sorted(newer.iterdir()):
         whole = path.read_bytes()
@@ -143,7 +147,10 @@ def test_any_damage_to_any_file_of_a_checkpoint_is_noticed_and_the_one_before_is
 def test_a_checkpoint_that_vouches_for_nonsense_gives_values_or_an_error_of_ours(
     store: CheckpointStore, damaged: Callable[..., Iterator[bytes]]
 ) -> None:
-    """As one that somebody else has made, or one from before there were manifests: no checksum stands before the readers."""
+    """Nonsense with a right checksum | values, or an error of ours
+
+    As one that somebody else has made, or one from before there were manifests: no checksum stands before the readers.
+    """
     folder = store.folder / "step-0000002"
     (folder / MANIFEST).unlink()
     (folder / COMPLETE).write_bytes(b"")
@@ -169,6 +176,7 @@ def test_a_checkpoint_that_vouches_for_nonsense_gives_values_or_an_error_of_ours
 
 
 def test_generators_of_any_shape_are_refused_or_read(store: CheckpointStore) -> None:
+    """Generators of any shape | refused or read"""
     folder = store.folder / "step-0000002"
     for tensor in (torch.tensor(3), torch.zeros(0, 5), torch.zeros(2, 0)):
         write_tensors(folder / "random.safetensors", {"torch": (tensor.dtype, tensor.shape)}, [("torch", tensor)])

@@ -75,6 +75,7 @@ def composed(arguments: list[str]) -> RunConfig | list[str]:
 @settings(max_examples=25 * FACTOR)
 @given(choice=st.randoms(use_true_random=False))
 def test_any_overrides_give_a_configuration_or_a_list_of_problems(choice: random.Random) -> None:
+    """Random overrides | a configuration or a list of problems"""
     result = composed(arguments_from(choice))
     assert isinstance(result, RunConfig) or (result and all(isinstance(line, str) and line for line in result))
 
@@ -87,6 +88,7 @@ def sound() -> RunConfig:
 @settings(max_examples=300 * FACTOR)
 @given(path=st.sampled_from(sorted(NUMBERS)), data=st.data())
 def test_any_number_for_any_setting_is_accepted_or_refused_in_no_time(sound: RunConfig, path: str, data: st.DataObject) -> None:
+    """Any number for any setting | accepted or refused, in no time"""
     whole = st.integers() | st.integers(2**60, 2**70) | st.just(10**400)
     value = data.draw(st.floats() if "float" in NUMBERS[path] else whole)
     config = copy.deepcopy(sound)
@@ -107,6 +109,7 @@ def test_any_number_for_any_setting_is_accepted_or_refused_in_no_time(sound: Run
 def test_any_experiment_file_gives_a_configuration_or_a_list_of_problems(
     text: str, conf_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Any text as an experiment file | a configuration or a list of problems"""
     (conf_folder / "experiment" / "fuzz.yaml").write_text(f"# @package _global_\n{text}\n")
     monkeypatch.setattr(compose, "CONF_DIR", conf_folder)
     assert composed([*BASE, "experiment=fuzz"])
@@ -120,6 +123,7 @@ def conf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_batch_size_without_small_divisors_is_answered_at_once() -> None:
+    """A huge prime as a batch size | answered at once"""
     began = time.monotonic()
     with pytest.raises(ConfigError, match=r"trainer\.global_batch_size = 999999999989: must be a multiple"):
         compose_run([*BASE, "trainer.global_batch_size=999999999989", "trainer.micro_batch_size=499999999979"])
@@ -127,11 +131,13 @@ def test_a_batch_size_without_small_divisors_is_answered_at_once() -> None:
 
 
 def test_a_number_that_torch_cannot_count_to_is_refused() -> None:
+    """A seed of 41 digits | refused"""
     with pytest.raises(ConfigError, match=r"seed = 1{40}: must be at least 0 and at most 9223372036854775807"):
         compose_run([*BASE, f"seed={'1' * 40}"])
 
 
 def test_a_file_of_any_other_size_is_not_read_as_a_tokenizer(tmp_path: Path) -> None:
+    """A tokenizer file of gigabytes | refused unread"""
     with (tmp_path / "huge.model").open("wb") as file:
         file.truncate(2**40)  # sparse
     with pytest.raises(ConfigError, match=r"tokenizer\.path = .*huge\.model: is no SentencePiece model"):

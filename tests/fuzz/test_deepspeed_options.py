@@ -27,6 +27,7 @@ VALUES = st.recursive(
 @settings(max_examples=150 * FACTOR)
 @given(options=st.dictionaries(KEYS, VALUES, max_size=2), zero=st.none() | VALUES, stage=st.integers(0, 3))
 def test_any_options_make_a_dictionary_of_ours_or_a_list_of_problems(options: dict[Any, Any], zero: Any, stage: int) -> None:
+    """Any options of DeepSpeed (hypothesis) | a dictionary whose values are ours, or a list of problems"""
     options = options | ({} if zero is None else {ZERO: zero})
     try:
         result = deepspeed_config(options, zero_stage=stage, micro_batch_size=2, accumulation_steps=3, world_size=4)

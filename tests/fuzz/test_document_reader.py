@@ -65,6 +65,7 @@ def read(path: Path, *, limit: int = 10**9, state: object = None) -> tuple[list[
     cuts=st.lists(st.integers(0, 500), max_size=3),
 )
 def test_any_text_is_read_as_it_was_written_however_it_is_packed(folder: Path, texts: list[str], suffix: str, cuts: list[int]) -> None:
+    """Any text (hypothesis), plain, gzip, zstd, cut anywhere into members | read as it was written"""
     data, pack = lines_of(texts), PACKED[suffix]
     edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     (folder / f"any{suffix}").write_bytes(b"".join(pack(data[a:b]) for a, b in itertools.pairwise(edges)))
@@ -76,6 +77,7 @@ def test_any_text_is_read_as_it_was_written_however_it_is_packed(folder: Path, t
 @settings(max_examples=200 * FACTOR)
 @given(record=ANY_JSON)
 def test_any_json_on_a_line_is_a_text_or_is_told_what_is_wrong_with_it(record: object) -> None:
+    """Any JSON value on a line | a text, or what is wrong with it"""
     text, problem = parse_line(json.dumps(record).encode())
     wanted = record.get("text") if isinstance(record, dict) else None
     if problem is None:
@@ -93,6 +95,7 @@ def test_any_json_on_a_line_is_a_text_or_is_told_what_is_wrong_with_it(record: o
     packed=st.booleans(),
 )
 def test_any_bytes_are_documents_or_counted_and_a_resume_sees_the_same(folder: Path, data: bytes, suffix: str, packed: bool) -> None:
+    """Any bytes as a file | documents or bad documents; a resume sees the same"""
     path = folder / f"bytes{suffix}"
     path.write_bytes(PACKED[".json" + suffix.removeprefix(".jsonl").removeprefix(".json")](data) if packed else data)
     documents, skipped, states = read(path)
@@ -107,6 +110,7 @@ def test_any_bytes_are_documents_or_counted_and_a_resume_sees_the_same(folder: P
 def test_a_damaged_file_gives_documents_or_an_account_of_them_and_never_anything_else(
     folder: Path, damaged: Callable[..., Iterator[bytes]], suffix: str
 ) -> None:
+    """Seeded damage to files of each kind | documents or an account of them, never anything else"""
     whole = PACKED[suffix](lines_of(TEXTS))
     for data in damaged(whole, 120):
         (folder / f"damaged{suffix}").write_bytes(data)
@@ -118,6 +122,7 @@ def test_a_damaged_file_gives_documents_or_an_account_of_them_and_never_anything
 
 @pytest.mark.parametrize("suffix", [".json.gz", ".json.zst"])
 def test_a_compressed_file_cut_anywhere_gives_the_beginning_of_its_documents_and_says_so(folder: Path, suffix: str) -> None:
+    """A compressed file cut at every byte | the beginning of its documents, and said so"""
     whole = PACKED[suffix](lines_of(TEXTS))
     for length in range(1, len(whole), max(1, len(whole) // (80 * FACTOR))):
         (folder / f"cut{suffix}").write_bytes(whole[:length])
@@ -127,6 +132,7 @@ def test_a_compressed_file_cut_anywhere_gives_the_beginning_of_its_documents_and
 
 
 def test_a_flipped_byte_in_a_plain_file_costs_no_other_line(folder: Path) -> None:
+    """Each byte of a plain file flipped | no other line is lost"""
     whole = lines_of(TEXTS)
     for position in range(0, len(whole), max(1, len(whole) // (150 * FACTOR))):
         data = bytearray(whole)
@@ -140,6 +146,7 @@ def test_a_flipped_byte_in_a_plain_file_costs_no_other_line(folder: Path) -> Non
 
 
 def test_the_limit_on_bad_documents_stops_any_rubbish(folder: Path) -> None:
+    """A file of rubbish | stopped by the limit"""
     (folder / "rubbish.json").write_bytes(b"rubbish\n" * 1000)
     with pytest.raises(DataError, match=r"4 bad documents, more than data\.max_bad_documents=3"):
         read(folder / "rubbish.json", limit=3)
@@ -160,6 +167,7 @@ assert skipped.totals == {"bad_documents": 1, "empty_documents": 0}, skipped.tot
 def test_a_line_of_two_gigabytes_in_a_gzip_bomb_is_one_bad_document_in_little_memory(
     tmp_path: Path, memory_of: Callable[[str, Path], int]
 ) -> None:
+    """A line of 2 GB in a gzip bomb | one bad document, in little memory"""
     piece = gzip.compress(b"x" * 2**26)
     bomb = gzip.compress(lines_of(["before"]) + b'{"text": "') + 32 * piece + gzip.compress(b'"}\n' + lines_of(["after"]))
     (tmp_path / "bomb.json.gz").write_bytes(bomb)
@@ -168,6 +176,7 @@ def test_a_line_of_two_gigabytes_in_a_gzip_bomb_is_one_bad_document_in_little_me
 
 
 def test_a_zstd_bomb_is_one_bad_document_in_little_memory(tmp_path: Path, memory_of: Callable[[str, Path], int]) -> None:
+    """A zstd bomb | one bad document, in little memory"""
     frame = zstandard.ZstdCompressor().compressobj()
     pieces = [b'{"text": "', *[b"x" * 2**24] * 32, b'"}\n']
     line = b"".join(map(frame.compress, pieces)) + frame.flush()
@@ -178,6 +187,7 @@ def test_a_zstd_bomb_is_one_bad_document_in_little_memory(tmp_path: Path, memory
 
 
 def test_a_zstd_frame_that_asks_for_gigabytes_is_refused(tmp_path: Path) -> None:
+    """A zstd frame that asks for a window of gigabytes | refused"""
     parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=29)
     compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     (tmp_path / "wide.json.zst").write_bytes(compressor.compress(lines_of(TEXTS)) + compressor.flush())
@@ -186,6 +196,7 @@ def test_a_zstd_frame_that_asks_for_gigabytes_is_refused(tmp_path: Path) -> None
 
 
 def test_many_tiny_gzip_members_are_read_in_time(tmp_path: Path) -> None:
+    """A file of very many empty gzip members | read in time"""
     empty = zlib.compressobj(9, zlib.DEFLATED, 31).flush()
     (tmp_path / "many.json.gz").write_bytes(empty * 50_000 + gzip.compress(lines_of(TEXTS)))
     assert len(read(tmp_path / "many.json.gz")[0]) == len(TEXTS)

@@ -59,6 +59,7 @@ def check(folder: Path, whole: list[int]) -> None:
 
 
 def test_a_damaged_manifest_is_refused_or_gives_the_same_tokens(folder: Path, damaged: Callable[..., Iterator[bytes]]) -> None:
+    """Seeded damage to the manifest of shards | refused, or the same tokens"""
     whole, content = tokens_of(folder), (folder / "manifest.json").read_bytes()
     for data in damaged(content, 400):
         (folder / "manifest.json").write_bytes(data)
@@ -70,6 +71,7 @@ def test_a_damaged_manifest_is_refused_or_gives_the_same_tokens(folder: Path, da
 def test_a_manifest_with_any_value_anywhere_is_refused_or_gives_the_same_tokens(
     folder: Path, where: str, choice: random.Random, value: Any
 ) -> None:
+    """Any value at any place of the manifest of shards | refused, or the same tokens"""
     saved = (folder / "manifest.json").read_bytes()
     whole, record = tokens_of(folder), json.loads(saved)
     if where == "shards":
@@ -89,12 +91,14 @@ NO_MANIFESTS = [b"", b"null", b"[]", b"{}", b'"x"', b"\xff", b"[" * 10**5, b'{"f
 
 @pytest.mark.parametrize("content", NO_MANIFESTS, ids=lambda content: repr(content[:10]))
 def test_what_is_no_manifest_at_all_is_refused(folder: Path, content: bytes) -> None:
+    """Files that are no manifest | refused"""
     (folder / "manifest.json").write_bytes(content)
     with pytest.raises(DataError, match=r"manifest\.json"):
         read_manifest(folder)
 
 
 def test_a_shard_that_is_named_twice_is_refused(folder: Path) -> None:
+    """A shard named twice | refused"""
     record = json.loads((folder / "manifest.json").read_bytes())
     record["shards"].append(record["shards"][0])
     (folder / "manifest.json").write_text(json.dumps(record))
@@ -103,6 +107,7 @@ def test_a_shard_that_is_named_twice_is_refused(folder: Path) -> None:
 
 
 def test_a_manifest_that_leaves_a_shard_out_is_refused(folder: Path) -> None:
+    """A manifest that leaves a shard out | refused"""
     record = json.loads((folder / "manifest.json").read_bytes())
     del record["shards"][1]
     (folder / "manifest.json").write_text(json.dumps(record))
@@ -111,6 +116,7 @@ def test_a_manifest_that_leaves_a_shard_out_is_refused(folder: Path) -> None:
 
 
 def test_a_shard_cut_or_lengthened_anywhere_is_refused(folder: Path) -> None:
+    """A shard cut or lengthened anywhere | refused"""
     whole = (folder / "shard-1.bin").read_bytes()
     for data in [*(whole[:length] for length in range(len(whole))), whole + b"\0", whole + whole]:
         (folder / "shard-1.bin").write_bytes(data)
@@ -119,6 +125,7 @@ def test_a_shard_cut_or_lengthened_anywhere_is_refused(folder: Path) -> None:
 
 
 def test_any_flipped_bit_of_a_shard_is_found_before_training(folder: Path) -> None:
+    """Bits of a shard flipped | found before training"""
     whole = (folder / "shard-2.bin").read_bytes()
     for position in range(len(whole)):
         data = bytearray(whole)
@@ -134,3 +141,17 @@ def test_ranks_share_out_the_verification_of_shards(folder: Path) -> None:
     verify_shards([str(folder)], ranks=Ranks(0, 3, 0))
     with pytest.raises(DataError, match=r"shard-1\.bin"):
         verify_shards([str(folder)], ranks=Ranks(1, 3, 1))
+
+
+def test_a_token_that_no_vocabulary_has_is_found_before_training(folder: Path) -> None:
+    """A token id beyond the vocabulary, in a shard with a right checksum | refused before training, naming file and id"""
+    shards = []
+    for index in range(3):
+        tokens = np.fromfile(folder / f"shard-{index}.bin", "<u2")
+        tokens[7] = 300 if index == 1 else tokens[7]
+        data = tokens.tobytes()
+        (folder / f"shard-{index}.bin").write_bytes(data)
+        shards.append(Shard(f"shard-{index}.bin", f"text-{index}.json", len(tokens), 1, len(data), hashlib.sha256(data).hexdigest()))
+    (folder / "manifest.json").write_bytes(Manifest(TOKENIZER, 300, 1, "uint16", tuple(shards)).dump())
+    with pytest.raises(DataError, match=r"shard-1\.bin: token 300 is outside the vocabulary of 300"):
+        verify_shards([str(folder)], ranks=ONE_RANK)

@@ -61,10 +61,12 @@ def evaluate_uneven_shares() -> EvalResult:
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_time_with_its_exit_code(on_ranks):
+    """SIGUSR1 to one of two ranks | both stop after the same step, with its exit code"""
     assert on_ranks(2, stop_on_rank_1) == [([False, True], 75)] * 2
 
 
 def test_a_signal_in_the_middle_of_the_agreement_counts_the_next_time(on_ranks):
+    """A signal between two ranks' answers | counted the next time, by both"""
     assert on_ranks(2, stop_during_the_agreement) == [[False, True]] * 2
 
 

@@ -15,6 +15,7 @@ from ngpt.loop.stop import stop_on_signals
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 def test_a_signal_is_recorded_with_its_exit_code_and_handlers_are_restored(number, code):
+    """SIGTERM, SIGUSR1, SIGINT | remembered until the step is done; exit codes 75, 75, 130"""
     before = signal.getsignal(number)
     with stop_on_signals() as stop:
         assert not stop()
@@ -27,6 +28,7 @@ def test_a_signal_is_recorded_with_its_exit_code_and_handlers_are_restored(numbe
 
 
 def test_a_second_ctrl_c_interrupts():
+    """A second Ctrl-C | ends at once"""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell start with it ignored
     try:
         with stop_on_signals() as stop:
@@ -39,6 +41,7 @@ def test_a_second_ctrl_c_interrupts():
 
 
 def test_a_second_sigterm_kills():
+    """A second SIGTERM | ends at once"""
     program = textwrap.dedent("""
         import os, signal
         from ngpt.loop.stop import stop_on_signals

@@ -281,6 +281,7 @@ def test_clipping_scales_what_is_applied(make_network, loss_of, identical) -> No
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("updates_before", [0, 1, 2, 3])
 def test_a_discarded_update_leaves_every_bit(make_network, loss_of, identical, dtype: torch.dtype, bad: float, updates_before: int) -> None:
+    """An update with NaN or Inf in a gradient is discarded | weights and state keep every bit"""
     network, undisturbed = make_network(dtype), make_network(dtype)
     handles: list[tuple[nn.Module, NaturalGaLore, PerLayerUpdates]] = []
     for one in (network, undisturbed):
@@ -315,6 +316,7 @@ def test_a_discarded_update_leaves_every_bit(make_network, loss_of, identical, d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_immediate_mode_skips_only_the_matrix_whose_gradient_is_not_finite(make_network, loss_of, dtype: torch.dtype, bad: float) -> None:
+    """NaN or Inf in the gradient of one matrix, apply=immediate | that matrix is left out, and counted"""
     network = make_network(dtype)
     optimizer = natural_galore(network)
     updates = attach(optimizer, apply="immediate")
@@ -373,6 +375,7 @@ def test_skipped_layers_are_counted_on_the_device_without_growth(make_network, l
 
 # ----------------------------------------------------------------------------------------------------------------- misuse
 def test_a_gradient_that_arrives_twice_in_one_micro_batch_is_an_error() -> None:
+    """A shared block under reentrant checkpointing | refused: a gradient came twice"""
     block = nn.Linear(4, 4)
     updates = attach(AdamW(block.named_parameters()))
     hidden = torch.randn(2, 4, requires_grad=True)

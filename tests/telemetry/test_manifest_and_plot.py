@@ -31,6 +31,7 @@ def test_every_start_of_a_run_is_kept(tmp_path):
 
 
 def test_a_manifest_that_was_cut_off_does_not_stop_a_run(tmp_path):
+    """manifest.json of the run was cut off | the run starts all the same"""
     path = tmp_path / "manifest.json"
     path.write_text('{"starts": [{"tim')
     assert len(write(path)) == 1

@@ -15,6 +15,7 @@ def read(path):
 
 
 def test_a_resumed_run_drops_what_lies_beyond_its_checkpoint_and_a_line_that_was_cut_off(tmp_path):
+    """metrics.jsonl has records beyond the checkpoint, and a line cut off by a crash | dropped, so that no step comes twice"""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "val/loss": 1.0}\n{"step": 3}\n{"step": 4, "trai')
     sink = JsonlSink(path, resume_step=2)
@@ -79,6 +80,7 @@ def test_online_without_a_key_logs_offline_and_says_so(tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("moment", ["start", "log", "finish"])
 def test_a_failure_of_wandb_is_logged_once_and_training_goes_on(tmp_path, monkeypatch, caplog, moment):
+    """W&B fails at its start, in a log, at its end | one warning; training goes on"""
     import wandb
 
     class BrokenRun:
