@@ -391,6 +391,39 @@ def test_a_kill_at_any_moment_of_a_save_leaves_it_whole_or_not_at_all(tmp_path):
     assert set(newest_after) == {"step-0000002", "step-0000003"}
 
 
+def test_nothing_gets_its_name_before_it_is_on_disk(store, monkeypatch, seen):
+    """The power fails at any moment of a save, as far as the order of its system calls tells | every file is forced to disk before the
+    folder has its name, the folder's name before the mark, the mark before `latest`"""
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+    on_disk, named, last = set(), [], []
+
+    def watched_fsync(file):
+        fsync(file)
+        on_disk.add(os.fstat(file).st_ino)
+        last[:] = [os.fstat(file).st_ino]
+
+    def naming(original):
+        def instead(source, target):
+            source, target = Path(source), Path(target)
+            files = [source, *source.iterdir()] if source.is_dir() else [source]
+            assert [path.name for path in files if path.stat().st_ino not in on_disk] == []
+            assert not source.is_dir() or last == [source.stat().st_ino], "the entries of a folder, after all of its files"
+            assert store.folder.stat().st_ino in on_disk or not named, "what was named before, before anything else is"
+            original(source, target)
+            on_disk.discard(target.parent.stat().st_ino)  # until it is forced to disk again, it does not have that name
+            named.append(target.name)
+
+        return instead
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "rename", naming(rename))
+    monkeypatch.setattr(os, "replace", naming(replace))
+    folder = save(store, 1)
+    assert named[-3:] == [folder.name, COMPLETE, "latest"]
+    assert {store.folder.stat().st_ino, folder.stat().st_ino} <= on_disk
+    seen(f"in this order: {', '.join(named)}; each forced to disk before it had its name, and its folder after")
+
+
 @pytest.mark.parametrize("size", [0, 100, NUMBERS * 2, NUMBERS * 4 + 50])
 def test_a_kill_in_the_middle_of_a_file_leaves_the_checkpoints_before(store, size):
     """The process dies in the middle of a file, at four sizes | the checkpoint before is the newest, and the next save works"""
