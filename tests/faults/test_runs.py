@@ -283,8 +283,8 @@ def test_a_folder_of_runs_that_is_read_only_is_refused_at_the_start(tiny, as_nob
 
 
 def test_a_run_folder_that_turns_read_only_costs_checkpoints_and_not_the_run(tiny, as_nobody, monkeypatch, seen):
-    """The run folder is read-only from step 2 to step 5 (as no root) | the saves in between fail with a warning; training goes on, the rest is
-    written"""
+    """The run folder is read-only from step 2 to step 5 (as no root) | the saves in between fail, with a warning; training goes on,
+    and the rest is written"""
     record, folder = Run.record, as_nobody.folder / "tiny"
 
     def turn(self, result):
