@@ -1,4 +1,4 @@
-"""The command that compares: `python -m ngpt.compare experiment=quickstart --arm a optimizer.lr=0.01 --arm b optimizer.lr=0.02 --seeds 0,1,2`.
+"""The command that compares: `python -m ngpt.compare experiment=quickstart --arm a optimizer.rank=16 --arm b optimizer.rank=32`.
 
 Several arms train on the same tokens in the same order, with several seeds, each run in a process of its own and one after the other.
 Kill it at any time: the same command goes on. At the end stands a report with a verdict.
@@ -103,7 +103,8 @@ def _arms(options: argparse.Namespace) -> list[Arm]:
         raise ConfigError([problem("--table", options.table, "makes the arms itself", "leave out --arm, or --table")])
     if not options.table and (options.sizes or options.methods):
         raise ConfigError(["--sizes and --methods choose from a table; add --table c4, or leave them out"])
-    requests = requests_of_table(options.table, options.sizes, options.methods) if options.table else [requested(words) for words in options.arm]
+    table = requests_of_table(options.table, options.sizes, options.methods) if options.table else []
+    requests = table or [requested(words) for words in options.arm]
     arms = compose_arms(options.overrides, requests, allow=options.allow_different)
     names = list(dict.fromkeys(arm.name for arm in arms))
     if options.baseline not in (None, *names):
@@ -130,16 +131,12 @@ def _report(options: argparse.Namespace, folder: Path, arms: Sequence[Arm], ledg
         found, runs = standing(arm, options.seeds, folders.__getitem__)
         standings.append(found)
         histories += runs
-    notes = [
-        f"{run.arm}, seed {run.seed}, is not in these figures: {run.status}" + (f" ({run.said})" if run.said else "")
-        for run in ledger.runs
-        if run.status != "done"
-    ]
+    notes = [f"{run.arm}, seed {run.seed}, failed and is not in these figures: {run.said}" for run in ledger.runs if run.status == "failed"]
+    waiting = [f"{run.arm}, seed {run.seed}" for run in ledger.runs if run.status not in ("done", "failed")]
+    notes += [f"Not finished, and not in these figures: {'; '.join(waiting)}. The same command goes on."] if waiting else []
     said = sections(standings, options.seeds, options.baseline, notes)
-    protocol = Section(
-        "Arms",
-        [Table(["arm", "overrides"], [[arm.label, shlex.join(arm.overrides)] for arm in arms], numbers=False)],
-    )
+    overrides = [[arm.label, shlex.join(map(redact_argument, arm.overrides))] for arm in arms]
+    protocol = Section("Arms", [Table(["arm", "overrides"], overrides, numbers=False)])
     table = [table_section(standings)] if options.table else []
     page = write_report(histories, folder, title=f"Comparison: {folder.name}", sections=[*table, *said, protocol])
     for section in [*table, *said]:

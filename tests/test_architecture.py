@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"config", "dist", "optim", "loop"},
     "planning": {"config", "model", "optim", "engine"},
     "report": {"config"},
+    "comparison": {"config", "dist", "report"},
 }
 DATA_PREP_MAY_IMPORT = {"config", "dist", "data"}
 # Nobody imports these.

@@ -110,17 +110,6 @@ def test_shellcheck_has_nothing_to_say() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_a_sweep_starts_one_launch_for_each_combination_and_stops_at_a_signal(tmp_path: Path) -> None:
-    script = stub(tmp_path, "launch.sh", 'printf "%s|" "$@"; echo; [[ "$*" != *seed=1* ]] || exit 75')
-    settings = ["data=synthetic", "trainer.max_steps=5", "optimizer.lr=0.01,0.02", "optimizer.betas=[0.9,0.95]", "seed=0,1", "run.name=x"]
-    command = [sys.executable, str(REPOSITORY / "launch" / "sweep.py"), str(script), *settings]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 75, done.stderr
-    jobs = [line.split("|")[:-1] for line in done.stdout.splitlines() if "|" in line]
-    assert jobs[0] == [*settings[:2], "optimizer.lr=0.01", settings[3], "seed=0", "run.name=x-optimizer.lr=0.01-seed=0"]
-    assert [job[4] for job in jobs] == ["seed=0", "seed=1"]
-
-
 @pytest.mark.slow
 def test_a_rank_that_is_killed_is_named_and_the_same_command_continues(tmp_path: Path) -> None:
     """kill -9 of rank 1 under torchrun | named once; the same command continues from the newest checkpoint"""

@@ -68,6 +68,10 @@ class Request:
     words: tuple[str, ...]
     column: str = ""
 
+    @property
+    def label(self) -> str:
+        return f"{self.column}-{self.name}" if self.column else self.name
+
 
 def requested(words: Sequence[str]) -> Request:
     """What `--arm NAME OVERRIDE...` asks for. Overrides may also stand together in one word, separated by blanks."""
@@ -104,11 +108,12 @@ def compose_arms(common: Sequence[str], requests: Sequence[Request], *, allow: C
             config = compose_run(list(job.words))
         except ConfigError as error:
             for line in error.problems:
-                found.setdefault(line, []).append(job.name)
+                found.setdefault(line, []).append(job.label)
             continue
         arms.append(Arm(job.name, job.words, config, job.column, tuple(word for word in job.words if word not in common)))
     if found:
-        raise ConfigError([line if len(names) == len(jobs) > 1 else f"{', '.join(names)}: {line}" for line, names in found.items()])
+        of_all = [line for line, names in found.items() if len(names) == len(jobs)]
+        raise ConfigError([*of_all, *(f"{', '.join(names)}: {line}" for line, names in found.items() if line not in of_all)])
     problems = list(_ends(arms))
     for column in dict.fromkeys(arm.column for arm in arms):
         problems += _differences([arm for arm in arms if arm.column == column], allow)
@@ -131,7 +136,8 @@ def _request_problems(common: Sequence[str], requests: Iterable[Request]) -> Ite
             fix = "give the name first: --arm adamw optimizer=adamw"
             yield problem("--arm", request.name, "an arm's name has letters, digits and . , = + - _ alone", fix)
         elif "=" in request.name:
-            yield problem("--arm", request.name, "this is an override, and the first word after --arm is a name", "write --arm NAME OVERRIDE...")
+            rule = "this is an override, and the first word after --arm is a name"
+            yield problem("--arm", request.name, rule, "write --arm NAME OVERRIDE...")
     for word in dict.fromkeys([*common, *(word for request in requests for word in request.words)]):
         path = word.partition("=")[0].lstrip("+~")
         if path in _OURS:
@@ -144,7 +150,7 @@ def _labels(jobs: Sequence[Request]) -> Iterator[str]:
     if len(jobs) < 2:
         fix = "give --arm NAME OVERRIDE... once for each, or several values: optimizer.lr=0.005,0.01"
         yield problem("--arm", ", ".join(job.name for job in jobs if job.name) or "none", "a comparison has two arms or more", fix)
-    labels = [f"{job.column}-{job.name}" if job.column else job.name for job in jobs]
+    labels = [job.label for job in jobs]
     for label in dict.fromkeys(label for label in labels if labels.count(label) > 1):
         yield problem("--arm", label, "two arms have this name", "give each its own")
 

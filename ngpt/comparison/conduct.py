@@ -47,11 +47,14 @@ class Conductor:
 
     def command(self, run: RunState) -> list[str]:
         """What starts `run`."""
+        return process.train_command(self._launcher, [*self._arms[run.arm].overrides, *self._own(run)])
+
+    def _own(self, run: RunState) -> list[str]:
+        """The overrides by which this run differs from all others."""
         arm = self._arms[run.arm]
         ours = [f"seed={run.seed}", f"run.dir={_quoted(str(self._folder))}", f"run.name={run.name}", "resume=auto"]
-        if arm.config.logger.group is None:
-            ours.append(f"logger.group={_quoted(self._folder.name)}")
-        return process.train_command(self._launcher, [*arm.overrides, *ours])
+        group = [f"logger.group={_quoted(self._folder.name)}"] if arm.config.logger.group is None else []
+        return [*group, *ours]
 
     def conduct(self) -> int:
         """Do what is left to do. Returns the exit code: 0, that of the first run that failed, or that of a signal."""
@@ -71,22 +74,22 @@ class Conductor:
     def _do(self, run: RunState, where: str, stop: process.Stop) -> None:
         errors = self._folder / f"{run.name}.stderr"
         began, before = time.monotonic(), run.seconds
-        outlived = process.still_running(run.pid, run.name)
+        command = self.command(run)
+        outlived = process.left_behind(command[-len(self._own(run)) :]) if run.status == "running" else None
         if outlived:
             self._say(f"{where}: process {outlived.pid} still trains it, left by a comparison that was killed; waiting for its end")
             stop.process = outlived
             outlived.wait()
             run.exit_code = None
         else:
-            command = self.command(run)
             self._say(f"{where}: {shlex.join(map(redact_argument, command))}")
+            run.status, run.starts = "running", run.starts + 1
+            self._ledger.write()  # before it starts, so that no run is ever unknown
             child = process.start(command, errors)
             stop.process = psutil.Process(child.pid)
-            run.status, run.pid, run.starts = "running", child.pid, run.starts + 1
-            self._ledger.write()
             run.exit_code = child.wait()
         stop.process = None
-        run.pid, run.seconds = None, before + time.monotonic() - began
+        run.seconds = before + time.monotonic() - began
         self._conclude(run, where, stopped=stop.signal is not None, errors=errors)
         self._ledger.write()
         if outlived and run.status == "failed" and run.exit_code is None:

@@ -27,7 +27,6 @@ class RunState:
         exit_code: of its last start; negative: the number of the signal that ended it.
         starts: how often it was started.
         seconds: for which it ran, all starts together.
-        pid: of its process, while it runs.
         said: the last words of one that failed.
     """
 
@@ -38,7 +37,6 @@ class RunState:
     exit_code: int | None = None
     starts: int = 0
     seconds: float = 0.0
-    pid: int | None = None
     said: str = ""
 
     @property
@@ -80,7 +78,7 @@ class Ledger:
     def _read(self, folder: Path) -> dict[str, Any]:
         try:
             content = json.loads(self._path.read_text(encoding="utf-8"))
-            if content["version"] == _VERSION and {run["name"] for run in content["runs"]} is not None:
+            if content["version"] == _VERSION and all(RunState(**run) for run in content["runs"]):
                 return content
         except FileNotFoundError:
             return {}

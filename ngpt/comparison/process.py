@@ -77,13 +77,19 @@ def start(command: Sequence[str], errors: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stderr=file, start_new_session=True)
 
 
-def still_running(pid: int | None, run_name: str) -> psutil.Process | None:
-    """The process that trains the run `run_name` if it is still there: a command that was killed left it behind."""
-    try:
-        process = psutil.Process(pid) if pid else None
-        return process if process and process.is_running() and f"run.name={run_name}" in process.cmdline() else None
-    except psutil.Error:
-        return None
+def left_behind(overrides: Sequence[str]) -> psutil.Process | None:
+    """The process of this folder that has all of `overrides` on its command line, if there is one: a comparison was killed and it was not.
+
+    Of a launcher and its ranks it is the launcher.
+    """
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if set(overrides) <= set(process.cmdline()) and process.cwd() == str(Path.cwd()):
+                found.append(process)
+        except psutil.Error:
+            continue  # it has ended, or is somebody else's
+    return min(found, key=lambda process: process.create_time(), default=None)
 
 
 def kill(process: psutil.Process) -> None:

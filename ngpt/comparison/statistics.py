@@ -67,7 +67,7 @@ def _within(t: float, degrees: int) -> float:
     cosine = math.cos(angle)
     odd = degrees % 2
     term, total = (cosine if odd else 1.0), 0.0
-    for k in range(2 + odd, degrees + 1, 2):  # for odd degrees cos, 2/3 cos^3, 2*4/(3*5) cos^5...; for even 1, 1/2 cos^2, 1*3/(2*4) cos^4...
+    for k in range(2 + odd, degrees + 1, 2):  # odd: cos, 2/3 cos^3, 2 4/(3 5) cos^5...; even: 1, 1/2 cos^2, 1 3/(2 4) cos^4...
         total += term
         term *= (k - 1) / k * cosine**2
     sine_times_series = math.sin(angle) * total

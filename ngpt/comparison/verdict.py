@@ -31,7 +31,8 @@ def verdict(baseline: Standing, other: Standing) -> str:
         )
     interval = f"{CONFIDENCE:.0%} interval of {seeds}, paired; standard error {difference.standard_error:.4f}"
     if not difference.is_told:
-        return f"No difference can be told between {b} and {a}: {difference.mean:+.4f} ± {difference.half_width:.4f} nats ({interval}), {costs}."
+        untold = f"{difference.mean:+.4f} ± {difference.half_width:.4f} nats ({interval})"
+        return f"No difference can be told between {b} and {a}: {untold}, {costs}."
     better = "better" if difference.mean < 0 else "worse"
     return f"{b} is {better} than {a} by {abs(difference.mean):.4f} ± {difference.half_width:.4f} nats ({interval}) {costs}."
 
@@ -80,7 +81,8 @@ def _remarks(group: Sequence[Standing], others: Sequence[Standing]) -> Iterator[
             each_count = ", ".join(f"{name} {count:,.0f}" for name, count in counts.items())
             yield f"The arms {what} different numbers of tokens ({each_count}): what is said of them does not hold."
     if len(others) > 1 and any(len(each.results) > 1 for each in group):
-        yield f"Each interval is that of its own pair: of intervals of {CONFIDENCE:.0%}, one in {1 / (1 - CONFIDENCE):.0f} misses the truth."
+        misses = f"of intervals of {CONFIDENCE:.0%} one in {1 / (1 - CONFIDENCE):.0f} misses the truth"
+        yield f"Each interval is that of its own pair: {misses}."
 
 
 def arms_table(group: Sequence[Standing]) -> Table:
@@ -100,7 +102,8 @@ def arms_table(group: Sequence[Standing]) -> Table:
         for each in group
     ]
     header = ["arm", "runs", "loss", "spread", "perplexity", "bits/byte", "optimizer state", "peak memory", "ms a step"]
-    return Table(header, rows, "Means over the finished runs; held-out loss in nats a token, its spread is the standard deviation over seeds.")
+    caption = "Means over the finished runs. Held-out loss in nats a token; its spread is the standard deviation over seeds."
+    return Table(header, rows, caption)
 
 
 def seeds_table(reference: Standing, others: Sequence[Standing], seeds: Sequence[int]) -> Table:

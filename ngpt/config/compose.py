@@ -69,7 +69,7 @@ def refuse_multirun_under_launcher(argv: list[str], world_size: int) -> None:
         raise ConfigError(
             [
                 f"{flags[0]}: a sweep cannot run inside one launch of several ranks; start one launch per job, in turn:\n"
-                f"      NPROC={world_size} python launch/sweep.py launch/torchrun.sh optimizer.lr=0.005,0.01"
+                f'      python -m ngpt.compare --launcher "torchrun --standalone --nproc_per_node {world_size}" optimizer.lr=0.005,0.01'
             ]
         )
 

@@ -26,8 +26,8 @@ python -m ngpt.train model=llama_130m optimizer=galore optimizer.rank=256 traine
 - An unknown setting is an error, with or without `+`, and so is a value that breaks a rule; all problems are listed at once, before
   anything is loaded.
 - A list is written in quotes: `data.train_files='[a/*.json.gz,b/*.json.gz]'`. `null` means "not given".
-- `-m` runs a sweep in one process, one run folder per job: `-m optimizer.lr=0.005,0.01`. On several processes `launch/sweep.py` starts
-  one launch per job.
+- `-m` runs a sweep in one process, one run folder per job: `-m optimizer.lr=0.005,0.01`. On several processes
+  `python -m ngpt.compare --launcher "torchrun ..."` starts one launch per job, and says at the end which job is better.
 - The folder of a run is `run.dir`/`run.name`, and its `config.yaml` is what was run.
 """
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import runpy
 import shlex
 import subprocess
 import sys
@@ -11,8 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from ngpt.comparison import arms
+from ngpt.config.compose import compose_run
+from ngpt.config.schema import RunConfig
+
 # Read at each start: plan.json maps a run's name to what it does. `losses` of a run are its held-out losses at the end.
-TRAINER = '''
+TRAINER = r"""
 import json, os, pathlib, signal, sys, time
 
 settings = dict(word.partition("=")[::2] for word in sys.argv[1:])
@@ -20,7 +26,7 @@ name, folder = settings["run.name"], pathlib.Path(settings["run.dir"]) / setting
 plan = json.loads(pathlib.Path("plan.json").read_text())
 asked = plan.get(name, {})
 with open("starts.txt", "a") as file:
-    file.write(name + "\\\\n")
+    file.write(name + "\n")
 first = not folder.exists()
 folder.mkdir(parents=True, exist_ok=True)
 def end(code):
@@ -38,14 +44,15 @@ if "fails" in asked:
     end(asked["fails"])
 steps = int(settings["trainer.max_steps"])
 records = [{"step": step, "tokens": 64 * step, "train/loss": 5.0, "time/step_s": asked.get("seconds", 0.1),
-            "memory/weights_gib": 0.5, "memory/optimizer_state_gib": asked.get("state", 1.0), "memory/peak_allocated_gib": asked.get("peak", 2.0)}
+            "memory/weights_gib": 0.5, "memory/optimizer_state_gib": asked.get("state", 1.0),
+            "memory/peak_allocated_gib": asked.get("peak", 2.0)}
            for step in range(1, steps + 1)]
 loss = asked.get("loss", 3.0)
 records.append({"step": asked.get("stops_at", steps), "tokens": asked.get("tokens", 64 * steps), "val/loss": loss, "val/tokens": 1000,
                 "val/perplexity": 20.0, "val/perplexity_galore_protocol": asked.get("protocol", 19.5), "val/bits_per_byte": 1.5})
-(folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\\\\n" for record in records))
-(folder / "config.yaml").write_text("run: {name: " + name + "}\\\\n")
-'''.replace("\\\\n", "\\n")
+(folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+(folder / "config.yaml").write_text("run: {name: " + name + "}\n")
+"""
 COMMON = ["data=synthetic", "trainer.max_steps=4", "model=llama_9m", "optimizer=adamw"]
 
 
@@ -86,10 +93,19 @@ class Comparison:
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
+@functools.lru_cache
+def composed(*overrides: str) -> RunConfig:
+    return compose_run(list(overrides))
+
+
+@pytest.fixture(autouse=True)
+def _composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Composing takes a quarter of a second, and most tests want the same arms."""
+    monkeypatch.setattr(arms, "compose_run", lambda overrides: composed(*overrides))
+
+
 @pytest.fixture
 def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comparison:
-    from ngpt.compare import main
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
-    return Comparison(tmp_path, main)
+    return Comparison(tmp_path, runpy.run_module("ngpt.compare")["main"])

@@ -234,7 +234,7 @@ def test_a_sweep_under_several_ranks_is_refused_with_the_right_way(flag: str):
     with pytest.raises(ConfigError) as caught:
         refuse_multirun_under_launcher([*VALID, flag, "optimizer.lr=1,2"], 4)
     assert f"{flag}: a sweep cannot run inside one launch of several ranks; start one launch per job" in str(caught.value)
-    assert "NPROC=4 python launch/sweep.py launch/torchrun.sh" in str(caught.value)
+    assert 'python -m ngpt.compare --launcher "torchrun --standalone --nproc_per_node 4"' in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------------------ launchers
