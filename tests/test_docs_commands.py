@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import runpy
 import shlex
@@ -15,12 +16,15 @@ from typing import Any
 import pytest
 
 from ngpt.config.compose import compose_run
+from ngpt.config.schema import GROUPS
+from ngpt.config.suggest import settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TAKES_OVERRIDES = {"ngpt.train", "ngpt.plan"}
 LAUNCHERS = {"torchrun": "-m", "deepspeed": "--module"}
+OTHER_PROGRAMS = {"from_hf_trainer.md", "from_torchtitan.md"}
 ENDS = {"|", "&&", "||", ">", ">>", "<", ";", "&"}
 OPTION = re.compile(r"--\w")
 WITHOUT_VALUE = {"--multirun", "--help", "--cfg", "--json"}
@@ -136,3 +140,45 @@ def test_a_printed_command_is_taken(command: Command, monkeypatch: pytest.Monkey
 def test_a_wrong_command_is_found(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises((Exception, SystemExit)):
         check(Command("a page", text), monkeypatch)
+
+
+SETTING = re.compile(rf"`((?:{'|'.join(sorted([*GROUPS, 'run']))})\.[a-z_]+)(?:=[^`]*)?`")
+
+
+def named_settings(page: Path) -> set[str]:
+    """Settings in backticks; on the pages for users of other programs, those in the column of this one."""
+    text = page.read_text(encoding="utf-8")
+    if page.name in OTHER_PROGRAMS:
+        rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+        text = "\n".join(row[1] for row in rows if len(row) > 1)
+    return set(SETTING.findall(text))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.exists()], ids=lambda page: page.name)
+def test_a_setting_that_a_page_names_exists(page: Path) -> None:
+    metrics = {"optimizer.zero_grad"}
+    assert named_settings(page) - set(settings()) - metrics == set()
+
+
+def test_the_names_of_hugging_faces_trainer_are_its_own() -> None:
+    transformers = pytest.importorskip("transformers")
+    known = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    rows = [line.split(" | ")[0] for line in (REPOSITORY / "docs" / "from_hf_trainer.md").read_text(encoding="utf-8").splitlines()]
+    named = {name for row in rows if row.startswith("| `") for name in re.findall(r"`([a-z_0-9]+)", row)}
+    assert len(named) > 20
+    assert named - known - {"TrainingArguments"} == set()
+
+
+def test_every_page_is_in_the_list_of_pages() -> None:
+    listed = set(re.findall(r"\]\(([a-z_]+\.md)\)", (REPOSITORY / "docs" / "README.md").read_text(encoding="utf-8")))
+    pages = {page.name for page in (REPOSITORY / "docs").glob("*.md")} - {"README.md"}
+    assert pages == listed
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    broken = []
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if not (page.parent / target).exists():
+                broken.append(f"{page.name}: {target}")
+    assert broken == []
