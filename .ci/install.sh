@@ -31,16 +31,33 @@ export PIP_USE_PEP517=1 PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=cons
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0 PIP_NO_INPUT=1
 pip_install() { "$venv/bin/python" -m pip install --quiet --quiet "$@"; }
 
+# pip chooses; each file that it has chosen must be one whose SHA-256 is on record, and is then installed by that hash.
+chosen=$(mktemp -d)
+trap 'rm -rf "$chosen"' EXIT
+exec 3>&2 # what is hidden of pip's errors below is not to hide a hash that differs
+install_verified() {
+    pip_install --dry-run --report "$chosen/report.json" "$@" || return
+    "$venv/bin/python" .ci/hashes.py check "$chosen/report.json" >"$chosen/requirements.txt" 2>&3 || exit 1
+    pip_install --no-deps --require-hashes --requirement "$chosen/requirements.txt"
+}
+
+# Reports came with pip 22.2; environments of the oldest Pythons begin with an older one.
+if ! "$venv/bin/python" -m pip install --help | grep --quiet -- --report; then
+    awk '/^pip==/ { printf "%s", $1; for (i = 2; i <= NF; i++) printf " --hash=sha256:%s", $i }' .ci/hashes.txt >"$chosen/pip.txt"
+    pip_install --upgrade --require-hashes --requirement "$chosen/pip.txt"
+fi
+
 # torch comes first and alone: it is then there when the others ask for any torch, and none of them replaces the CPU build.
 torch=$(sed -n 's/^torch==//p' constraints.txt)
 if [[ $build == auto ]] && command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then build=cuda; fi
-if [[ $build != cuda ]] && pip_install "torch==$torch+cpu" 2>/dev/null; then
+if [[ $build != cuda ]] && install_verified "torch==$torch+cpu" 2>/dev/null; then
     echo "install: torch $torch, CPU build"
 else
     echo "install: torch $torch, the registry's standard build (with CUDA on Linux: several GB)"
-    pip_install "torch==$torch"
+    install_verified "torch==$torch"
 fi
 
 echo "install: ngpt and the other packages"
-pip_install --editable ".${extra:+[$extra]}"
+install_verified --editable ".${extra:+[$extra]}"
+pip_install --no-deps --editable .
 echo "install: done, in $venv"

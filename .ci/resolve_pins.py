@@ -3,7 +3,8 @@
     python .ci/resolve_pins.py python3.10 python3.11 python3.12 python3.13
 
 Nothing is installed but a scratch environment for each interpreter. Name an older torch with TORCH_VERSION=2.13.0. A package whose newest
-release is not the same for all Pythons gets one line for each range of them. Run `make test` on each Python before committing the result.
+release is not the same for all Pythons gets one line for each range of them. Then write the hashes of the files, python .ci/hashes.py
+write, and run `make test` on each Python before committing the result.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def resolve(python: str, torch: str) -> tuple[str, dict[str, str]]:
         report = Path(scratch, "report.json")
         flags = ["--quiet", "--dry-run", "--ignore-installed", "--report", str(report)]
         pip = [f"{scratch}/bin/python", "-m", "pip", "install", *flags]
-        subprocess.run([*pip, f"torch{torch}", "setuptools", f"{REPOSITORY}[dev,types]"], check=True)
+        subprocess.run([*pip, f"torch{torch}", "pip", "setuptools", f"{REPOSITORY}[dev,types]"], check=True)
         resolved = json.loads(report.read_text(encoding="utf-8"))
     packages = [item["metadata"] for item in resolved["install"]]
     versions = {re.sub(r"[-_.]+", "-", package["name"]).lower(): package["version"].partition("+")[0] for package in packages}

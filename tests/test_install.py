@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -95,3 +96,54 @@ def test_make_help_lists_every_target() -> None:
     assert targets is not None
     assert done.stderr == "", "make itself has something to complain of"
     assert {line.split()[0] for line in done.stdout.splitlines()[1:]} == set(targets.group(1).split())
+
+
+@pytest.fixture(scope="module")
+def hashes() -> dict[str, set[str]]:
+    lines = (REPOSITORY / ".ci" / "hashes.txt").read_text(encoding="utf-8").splitlines()
+    return {words[0]: set(words[1:]) for words in map(str.split, lines) if words[0] != "#"}
+
+
+def checked(report: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / ".ci" / "hashes.py"), "check", str(report)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def report_of(path: Path, name: str, version: str, digest: str) -> Path:
+    """What pip says of one file that it would install, beside the checkout."""
+    file = {"url": f"https://registry/{name}-{version}.whl", "archive_info": {"hashes": {"sha256": digest}}}
+    checkout = {
+        "download_info": {"url": "file:///here", "dir_info": {"editable": True}},
+        "metadata": {"name": "ngpt-pretrain", "version": "0"},
+    }
+    path.write_text(json.dumps({"install": [checkout, {"download_info": file, "metadata": {"name": name, "version": version}}]}))
+    return path
+
+
+def test_every_pin_has_the_hashes_of_its_files(hashes: dict[str, set[str]]) -> None:
+    pinned = {str(requirement).partition(";")[0].strip() for python in SUPPORTED_PYTHONS for requirement in pins(python).values()}
+    assert pinned == set(hashes)
+    assert all(re.fullmatch(r"[0-9a-f]{64}", digest) for digests in hashes.values() for digest in digests)
+
+
+def test_a_file_on_record_is_installed_by_its_hash(tmp_path: Path, hashes: dict[str, set[str]]) -> None:
+    digest = min(hashes["safetensors==0.8.0"])
+    done = checked(report_of(tmp_path / "report.json", "safetensors", "0.8.0", digest))
+    assert (done.returncode, done.stdout) == (0, f"safetensors==0.8.0 --hash=sha256:{digest}\n")
+
+
+def test_a_file_that_is_not_on_record_is_refused_by_name(tmp_path: Path) -> None:
+    """a package whose file was changed on the registry | nothing is installed, the file is named"""
+    done = checked(report_of(tmp_path / "report.json", "safetensors", "0.8.0", "0" * 64))
+    assert done.returncode == 1
+    assert "safetensors==0.8.0: safetensors-0.8.0.whl has SHA-256 000" in done.stderr
+    assert "Nothing was installed" in done.stderr
+
+
+def test_the_hash_of_another_package_is_no_pass(tmp_path: Path, hashes: dict[str, set[str]]) -> None:
+    assert checked(report_of(tmp_path / "report.json", "safetensors", "0.8.0", min(hashes["six==1.17.0"]))).returncode == 1
+
+
+def test_only_a_build_of_another_registry_is_exempt(tmp_path: Path) -> None:
+    assert checked(report_of(tmp_path / "report.json", "torch", "2.13.0+cpu", "0" * 64)).returncode == 0
+    assert checked(report_of(tmp_path / "report.json", "torch", "2.13.0", "0" * 64)).returncode == 1
