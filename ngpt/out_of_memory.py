@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -11,6 +12,8 @@ from ngpt.config.optimizers import LowRankConfig
 from ngpt.config.schema import RunConfig, checkpointing_interval
 from ngpt.model.cost import num_key_value_heads
 from ngpt.telemetry.metrics import GIB
+
+_SNAPSHOT_ENTRIES = 200_000  # allocations that are remembered, the last ones
 
 
 class OutOfMemory(RuntimeError):
@@ -25,14 +28,34 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def explained(describe: Callable[[], str]) -> Iterator[None]:
-    """Turn running out of memory within the body into OutOfMemory with the text of `describe`."""
+def explained(describe: Callable[[], str], *, snapshot: Path | None = None) -> Iterator[None]:
+    """Turn running out of memory within the body into OutOfMemory with the text of `describe`.
+
+    With `snapshot`, a file to write: torch records all the while who allocates memory on the GPU, and then writes that record.
+    """
+    if snapshot:
+        torch.cuda.memory._record_memory_history(max_entries=_SNAPSHOT_ENTRIES)
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(f"{describe()}\n  ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from error
+        lines = [describe(), f"  ({str(error).splitlines()[0] if str(error) else type(error).__name__})"]
+        if snapshot:
+            lines.append(_dump(snapshot))
+        raise OutOfMemory("\n".join(lines)) from error
+    finally:
+        if snapshot:
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def _dump(snapshot: Path) -> str:
+    """Write the record of allocations, and say where it is, or why it is not."""
+    try:
+        torch.cuda.memory._dump_snapshot(str(snapshot))
+    except Exception as error:  # the message about memory matters more
+        return f"the memory snapshot {snapshot} could not be written: {error}"
+    return f"memory snapshot: {snapshot}, a pickle that https://pytorch.org/memory_viz shows"
 
 
 def description(config: RunConfig, sizes: dict[str, int] | None, *, world_size: int, device: torch.device, when: str) -> str:

@@ -36,6 +36,7 @@ from ngpt.loop.train_step import StepResult
 from ngpt.recorder import Recorder, due
 from ngpt.summary import arguments_for_more, command, summarise
 from ngpt.telemetry.console import configure_logging
+from ngpt.telemetry.profiler import ProfilerWindow
 
 __all__ = ["DataError", "PeerLost", "Run", "due", "exit_code_of"]
 
@@ -121,7 +122,11 @@ class Run:
         )
         if self.ranks.is_main:
             self._resources.enter_context(only_run_in(self.folder))
-        self._resources.enter_context(out_of_memory.explained(self._describe_memory))
+        snapshot = self.folder / f"memory.rank-{self.ranks.rank}.pickle" if trainer.memory_snapshot else None
+        if snapshot and self.device.type != "cuda":
+            rule = f"needs an NVIDIA GPU, whose memory is what it records (the device is {self.device})"
+            raise ConfigError([problem("trainer.memory_snapshot", True, rule, "leave it out")])
+        self._resources.enter_context(out_of_memory.explained(self._describe_memory, snapshot=snapshot))
 
         self.tokenizer = build.open_tokenizer(config)
         self.settings = resume.settings_of(config, tokenizer_fingerprint=self.tokenizer.fingerprint if self.tokenizer else None)
@@ -226,6 +231,10 @@ class Run:
     def steps(self) -> Iterator[StepResult]:
         """The updates that are left, one result each."""
         trainer = self.config.trainer
+        window = {"first": trainer.profile_at, "steps": trainer.profile_steps, "rank": self.ranks.rank, "device": self.device}
+        profiler = ProfilerWindow(self.folder / "profile", **window)
+        self._resources.callback(profiler.close)
+        profiler.before(self.progress.step + 1)
         self.activity.now(f"step {self.progress.step + 1}")
         for result in train_loop(
             self.engine,
@@ -249,6 +258,7 @@ class Run:
             self._data_state = self.loader.state_dict()  # a later step that cannot read its data leaves the loader in between
             self.activity.now(f"after step {result.step}")
             yield result
+            profiler.before(self.progress.step + 1)
             self.activity.now(f"step {self.progress.step + 1}")
 
     @property

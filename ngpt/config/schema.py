@@ -185,6 +185,11 @@ class TrainerConfig:
     hang_seconds: int = setting(
         1800, "time without progress after which the stacks of all processes are written and the run stops (0: wait for ever)", at_least=0
     )
+    profile_at: Optional[int] = setting(None, "first step of a window of the torch profiler (null: none)", at_least=1)
+    profile_steps: int = setting(3, "steps of that window", at_least=1)
+    memory_snapshot: bool = setting(
+        False, "record what the memory of the GPU is used for, and write it to the run folder when it runs out (costs a few percent)"
+    )
     deterministic: bool = setting(False, "only algorithms that give the same bits every time, on a GPU too; slower there")
 
 

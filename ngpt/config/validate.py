@@ -141,6 +141,17 @@ def _length_of_run(config: RunConfig, world_size: int) -> Iterator[str]:
         yield problem("trainer.max_steps", steps, rule, "set one of them to null")
 
 
+@_rule(*("trainer.max_steps", "trainer.max_tokens", "trainer.global_batch_size", "trainer.seq_len", "trainer.profile_at"))
+def _the_profile_ends_before_the_run(config: RunConfig, world_size: int) -> Iterator[str]:
+    first, trainer = config.trainer.profile_at, config.trainer
+    if first is None or (trainer.max_steps is None) == (trainer.max_tokens is None):
+        return
+    steps = steps_in_run(trainer)
+    if first + trainer.profile_steps - 1 > steps:
+        rule = f"its {trainer.profile_steps} steps must be among the {steps} of the run"
+        yield problem("trainer.profile_at", first, rule, f"set trainer.profile_at={max(1, steps - trainer.profile_steps + 1)}, or null")
+
+
 @_rule("trainer.global_batch_size", "trainer.micro_batch_size")
 def _batch_arithmetic(config: RunConfig, world_size: int) -> Iterator[str]:
     rows, micro = config.trainer.global_batch_size, config.trainer.micro_batch_size

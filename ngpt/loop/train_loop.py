@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
+from torch.profiler import record_function
+
 from ngpt.data.batch import Batch
 from ngpt.data.documents import DataError
 from ngpt.engine.base import Engine
@@ -82,7 +84,8 @@ def train_loop(
         engine.watch_refreshes()
     while progress.step < total_steps and not should_stop():
         started = time.perf_counter()
-        step_batches, problem = _next_batches(batches, micro_batches_per_step)
+        with record_function("data"):
+            step_batches, problem = _next_batches(batches, micro_batches_per_step)
         data_ready = time.perf_counter()
         step_tokens = sum_over_ranks(_FAILED if problem else num_label_tokens(step_batches))
         if step_tokens < 0:
