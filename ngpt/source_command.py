@@ -6,14 +6,13 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 from ngpt.checkpoint.tensor_file import CheckpointError
+from ngpt.config.command_line import CommandParser
 from ngpt.config.problems import ConfigError
 from ngpt.config.redaction import redact
-from ngpt.config.suggest import nearest
 from ngpt.data.documents import DataError
 from ngpt.dist.exit_codes import EXIT_USER_ERROR
 from ngpt.trained import Trained, open_trained
@@ -22,24 +21,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SOURCE_HELP = "run folder (its newest checkpoint), step folder, or LLaMA folder in Hugging Face's layout"
 
 
-class Parser(argparse.ArgumentParser):
-    """Shows examples below the options, and says what a misspelt option may have meant."""
+class Parser(CommandParser):
+    """The parser of such a command, which shows examples below the options."""
 
     def __init__(self, prog: str, *, description: str, epilog: str) -> None:
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=prog, description=description, epilog=epilog, formatter_class=formatter, allow_abbrev=False)
-
-    def parse_known_args(self, args=None, namespace=None):
-        namespace, unknown = super().parse_known_args(args, namespace)
-        known = [option for action in self._actions for option in action.option_strings]
-        if flags := [word.partition("=")[0] for word in unknown if word.startswith("-")]:
-            guess = nearest(flags[0], known)
-            self.error(f"no such option: {flags[0]}" + (f"; did you mean {guess}?" if guess else "; --help lists all of them"))
-        return namespace, unknown
-
-    def error(self, message: str) -> NoReturn:
-        sys.stderr.write(f"{self.prog}: {message}\n")
-        sys.exit(EXIT_USER_ERROR)
+        super().__init__(prog=prog, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def add_source(self) -> None:
         """SOURCE, --device and --dtype."""

@@ -479,6 +479,7 @@ def test_what_moved_in_deepspeed_is_named(monkeypatch):
 @pytest.mark.parametrize("version", ["0.19.2", "0.20.0", "1.0"])
 def test_another_minor_version_is_refused(version):
     """Another minor version of DeepSpeed | refused"""
+
     def load(name: str) -> ModuleType:
         found: Any = __import__(name, fromlist=["_"])
         return SimpleNamespace(__version__=version) if name == "deepspeed" else found  # type: ignore[return-value]

@@ -146,4 +146,4 @@ def test_a_misspelt_option_is_answered_with_the_right_one(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["runs/x", "--promt", "a"])
     assert stopped.value.code == 2
-    assert "no such option: --promt; did you mean --prompt?" in capsys.readouterr().err
+    assert "--promt: no such option; did you mean --prompt?" in capsys.readouterr().err
