@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import secrets
+import shlex
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from ngpt.telemetry.metrics import Record
 
 logger = logging.getLogger(__name__)
 
+# What a run may lose to W&B at most: for the key, for the start of its run, and at the end. Nothing is waited for in between.
+_LOGIN_SECONDS = 30
 _INIT_SECONDS = 60
 _FINISH_SECONDS = 60
 
@@ -86,6 +90,7 @@ class WandbSink:
         self.run_id = run_id or secrets.token_hex(4)
         self._run: Any = None
         self._mode = config.wandb
+        self._to_upload: list[Path] = []
         self._settings = {
             "project": config.project or os.environ.get("WANDB_PROJECT", "ngpt"),
             "entity": config.entity or os.environ.get("WANDB_ENTITY"),
@@ -102,8 +107,10 @@ class WandbSink:
         try:
             import wandb
 
-            # prompt=False: a job in a queue must not wait for somebody to type a key.
-            if self._mode == "online" and not wandb.login(prompt=False, verify=False):
+            logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # its own telemetry fails as often as the server does
+            # prompt=False: a job in a queue must not wait for somebody to type a key. What cannot be verified is found here and not by
+            # `init`, which would keep the run's id in use.
+            if self._mode == "online" and not _within(_LOGIN_SECONDS, lambda: wandb.login(prompt=False, verify=True)):
                 logger.warning(
                     "W&B: no API key found (run `wandb login` or set WANDB_API_KEY); logging offline, upload later with `wandb sync`"
                 )
@@ -125,24 +132,28 @@ class WandbSink:
                 self._run.log(values)
 
     def close(self, *, exit_code: int) -> None:
-        """End the W&B run; anything but 0 shows it as crashed or stopped. A server that does not answer is not waited for for ever."""
+        """End the W&B run; anything but 0 shows it as crashed or stopped. A server that does not answer is not waited for for ever.
+
+        What is on this machine only is named, with the command that uploads it.
+        """
         if self._run is None:
             return
-        failures: list[Exception] = []
+        run = self._run
+        try:
+            _within(_FINISH_SECONDS, lambda: run.finish(exit_code=exit_code))
+        except Exception as error:
+            self._keep_for_upload()
+            self._give_up("finish", error)
+        if self._to_upload:
+            folders = shlex.join(map(str, self._to_upload))
+            logger.info("W&B: what was logged offline is on this machine only; upload it with: wandb sync %s", folders)
 
-        def finish() -> None:
-            try:
-                self._run.finish(exit_code=exit_code)
-            except Exception as error:
-                failures.append(error)
-
-        thread = threading.Thread(target=finish, name="ngpt-wandb", daemon=True)
-        thread.start()
-        thread.join(timeout=_FINISH_SECONDS)
-        if thread.is_alive():
-            failures.append(TimeoutError(f"no answer in {_FINISH_SECONDS:g} s; upload later with `wandb sync`"))
-        if failures:
-            self._give_up("finish", failures[0])
+    def _keep_for_upload(self) -> None:
+        """What W&B has written of the present run is to be uploaded by hand."""
+        with contextlib.suppress(Exception):
+            folder = Path(self._run.dir).parent
+            if folder not in self._to_upload:
+                self._to_upload.append(folder)
 
     def state_dict(self) -> dict[str, Any]:
         return {"run_id": self.run_id}
@@ -152,17 +163,31 @@ class WandbSink:
 
         mode: Any = self._mode
         settings = wandb.Settings(init_timeout=_INIT_SECONDS, silent=True, console="off", save_code=False)
+        if hasattr(settings, "finish_timeout"):  # else the exit of the process would wait for what `finish` has given up
+            settings.finish_timeout = _FINISH_SECONDS
         self._run = wandb.init(mode=mode, settings=settings, **self._settings)
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
+        if self._mode == "offline":
+            self._keep_for_upload()
+
+    def _begin_anew(self) -> None:
+        """Start again, with another process of W&B's own: the last one has the run's id in use, or is gone."""
+        import wandb
+
+        with contextlib.suppress(Exception):
+            _within(_INIT_SECONDS, wandb.teardown)
+        self._start()
 
     def _fall_back(self, what: str, error: Exception) -> None:
         """Log offline from here on, or not at all where that fails too."""
         if self._mode != "online":
             return self._give_up(what, error)
+        if self._run is not None:
+            self._keep_for_upload()
         self._mode, self._run = "offline", None
         try:
-            self._start()
+            self._begin_anew()
         except Exception:  # what went wrong first says more
             return self._give_up(what, error)
         logger.warning("W&B could not %s (%s); training goes on, logging offline: upload later with `wandb sync`", what, _first_line(error))
@@ -171,6 +196,29 @@ class WandbSink:
     def _give_up(self, what: str, error: Exception) -> None:
         self._run = None
         logger.warning("W&B could not %s (%s); training goes on, metrics.jsonl has everything", what, _first_line(error))
+
+
+def _within(seconds: float, function: Callable[[], Any]) -> Any:
+    """What `function` returns or raises. Raises TimeoutError if it does not end in time; it is then left to itself."""
+    outcome: list[Any] = []
+    failures: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            outcome.append(function())
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=call, name="ngpt-wandb", daemon=True)
+    thread.start()
+    thread.join(timeout=seconds)
+    if failures and not isinstance(failures[0], Exception):  # W&B's word for the end of its own process is SystemExit
+        raise RuntimeError(repr(failures[0])) from failures[0]
+    if failures:
+        raise failures[0]
+    if not outcome:
+        raise TimeoutError(f"no answer in {seconds:g} s")
+    return outcome[0]
 
 
 def _first_line(error: Exception) -> str:
