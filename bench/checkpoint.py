@@ -3,12 +3,14 @@
     python -m bench.checkpoint --gigabytes 1 --rounds 5 --folder /tmp
 
 Contents are noise of the given size: a third weights, two thirds optimizer state, in tensors of 16 MB. The ways take turns. torch.save is
-given the same tensors and forced to disk too, but hashes nothing. Prints the medians, for bench/RECORDS.md.
+given the same tensors and forced to disk too, but hashes nothing; "one thread" is ngpt without the second thread that hashes while the
+first one writes. Prints medians with the lowest and highest, and ratios of rounds to torch.save, for bench/RECORDS.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import statistics
@@ -16,9 +18,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 
+from ngpt.checkpoint import tensor_file
 from ngpt.checkpoint.integrity import problems
 from ngpt.checkpoint.store import CheckpointStore
 from ngpt.dist.collectives import Collectives
@@ -52,6 +56,11 @@ class Workload:
         store.wait()
         return blocked, time.perf_counter() - started
 
+    def by_one_thread(self) -> tuple[float, float]:
+        """A checkpoint of ours, each tensor hashed after it was written."""
+        with mock.patch.multiple(tensor_file, HASHED_ASIDE=math.inf, FLUSHED_AT_ONCE=math.inf):
+            return self.ours(asynchronous=False)
+
     def of_torch(self) -> tuple[float, float]:
         """One file of torch.save."""
         path = self.folder / "torch.pt"
@@ -74,6 +83,11 @@ class Workload:
         return seconds, seconds
 
 
+def spread(values: list[float]) -> str:
+    """Median, lowest and highest."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,6 +100,7 @@ def main() -> None:
         work = Workload(folder, options.gigabytes)
         ways: dict[str, Callable[[], tuple[float, float]]] = {
             "ngpt": lambda: work.ours(asynchronous=False),
+            "ngpt, one thread": work.by_one_thread,
             "ngpt, asynchronous": lambda: work.ours(asynchronous=True),
             "torch.save": work.of_torch,
             "verify": work.verified,
@@ -94,11 +109,12 @@ def main() -> None:
         for _ in range(options.rounds):
             for name, way in ways.items():
                 seconds[name].append(way())
-        print(f"{work.gigabytes:.2f} GB, median of {options.rounds} rounds, {torch.get_num_threads()} threads\n")
-        print("| way | s blocked per GB | s until on disk per GB |\n|---|---|---|")
+        print(f"{work.gigabytes:.2f} GB, {options.rounds} rounds, {torch.get_num_threads()} threads\n")
+        print("| way | s blocked per GB | / torch.save | s until on disk per GB |\n|---|---|---|---|")
         for name, measured in seconds.items():
-            blocked, whole = (statistics.median(values) / work.gigabytes for values in zip(*measured, strict=True))
-            print(f"| {name} | {blocked:.2f} | {whole:.2f} |")
+            blocked, whole = ([value / work.gigabytes for value in values] for values in zip(*measured, strict=True))
+            ratios = [own / torch_save for (own, _), (torch_save, _) in zip(measured, seconds["torch.save"], strict=True)]
+            print(f"| {name} | {spread(blocked)} | {spread(ratios)} | {spread(whole)} |")
     finally:
         shutil.rmtree(folder)
 

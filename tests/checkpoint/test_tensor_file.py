@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ngpt.checkpoint.tensor_file import CheckpointError, TensorFile, write_tensors
+from ngpt.checkpoint.tensor_file import CheckpointError, TensorFile, record_of, write_tensors
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.int64, torch.uint8]
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -50,6 +50,30 @@ def test_safetensors_reads_what_was_written_in_any_order(tmp_path_factory, kinds
     assert set(ours.names) == tensors.keys()
     assert all(equal(ours.read(name), tensors[name]) for name in tensors)
     assert {name: (ours.dtype(name), ours.shape(name)) for name in ours.names} == layout_of(tensors)
+
+
+@pytest.mark.parametrize("aside", [1, 100, 1 << 40], ids=["all by a thread", "some by a thread", "none by a thread"])
+@pytest.mark.parametrize("order", [1, -1], ids=["in order", "backwards"])
+def test_the_hash_is_that_of_the_file_whoever_makes_it(tmp_path, monkeypatch, aside, order):
+    for name in ("HASHED_ASIDE", "FLUSHED_AT_ONCE"):
+        monkeypatch.setattr(f"ngpt.checkpoint.tensor_file.{name}", aside)
+    tensors = {str(number): torch.randn(10 * number) for number in range(6)}
+    path = tmp_path / "x.safetensors"
+    assert write_tensors(path, layout_of(tensors), list(tensors.items())[::order]) == record_of(path)
+    assert all(equal(value, tensors[name]) for name, value in load_file(path).items())
+
+
+def test_a_tensor_may_change_as_soon_as_the_next_one_is_asked_for(tmp_path):
+    buffer, path = torch.empty(1 << 20), tmp_path / "x.safetensors"
+
+    def one_buffer():
+        for number in range(4):
+            yield str(number), buffer.fill_(number)
+            buffer.fill_(-1)
+
+    written = write_tensors(path, {str(number): (buffer.dtype, buffer.shape) for number in range(4)}, one_buffer())
+    assert written == record_of(path)
+    assert all(torch.equal(value, torch.full_like(value, int(name))) for name, value in load_file(path).items())
 
 
 def test_every_tensor_starts_at_a_multiple_of_its_item_size(tmp_path):
