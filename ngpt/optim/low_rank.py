@@ -267,7 +267,8 @@ class LowRankAdamW(AdamW):
         """The smallest rank that keeps the share `energy` of the squared gradient, between `min_rank` and `rank`."""
         if group["min_rank"] is None:
             return group["rank"]
-        too_small = int((energies.cumsum(0) < group["energy"]).sum())
+        cumulative = energies.cpu().cumsum(0)  # on a GPU in an order of its own: trainer.deterministic refuses it there
+        too_small = int((cumulative < group["energy"]).sum())
         return min(max(too_small + 1, group["min_rank"]), group["rank"])
 
     def drop_gradient(self, p: Tensor) -> None:

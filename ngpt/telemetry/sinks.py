@@ -9,7 +9,7 @@ import os
 import secrets
 import shlex
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,9 @@ class JsonlSink:
         """Drop all records past `step`."""
         if hasattr(self, "_file"):
             self._file.close()
-        kept = [line for line in _lines(self._path) if _step(line) <= step]
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:  # a line at a time: of a long run there are many
+            file.writelines(f"{line}\n" for line in _lines(self._path) if _step(line) <= step)
         temporary.replace(self._path)
         self._waiting, self._sent = [line for line in self._waiting if _step(line) <= step], 0
         self._file = self._path.open("a", encoding="utf-8")
@@ -225,8 +225,10 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+def _lines(path: Path) -> Iterator[str]:
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            yield from (line.rstrip("\n") for line in file)
 
 
 def _step(line: str | bytes) -> float:
