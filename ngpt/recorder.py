@@ -1,4 +1,4 @@
-"""What a run says of itself while it goes on: manifest, metrics.jsonl, W&B, log lines; of its ranks, rank 0 writes."""
+"""What a run says of itself while it goes on: manifest, metrics.jsonl, W&B, TensorBoard, log lines; of its ranks, rank 0 writes."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from ngpt.telemetry.layers import layer_record
 from ngpt.telemetry.manifest import write_manifest
 from ngpt.telemetry.metrics import Record, StepMetrics, device_memory, device_peak_flops, eval_record
 from ngpt.telemetry.sinks import JsonlSink, WandbSink
+from ngpt.telemetry.tensorboard import TensorBoardSink
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def due(every_steps: int, step: int) -> bool:
 
 
 class Recorder:
-    """Turns results into records and sends them to the console, to metrics.jsonl and to W&B.
+    """Turns results into records and sends them to the console, to metrics.jsonl, and where asked to W&B and TensorBoard.
 
     All ranks call it together: some figures are of all of them. Only rank 0 writes.
 
@@ -86,6 +87,10 @@ class Recorder:
             )
             self._jsonl = JsonlSink(folder / "metrics.jsonl", resume_step=progress.step)
             self._resources.callback(self._jsonl.close)
+        self._tensorboard: TensorBoardSink | None = None
+        if self._is_main and config.logger.tensorboard:
+            self._tensorboard = TensorBoardSink(folder / "tensorboard", resume_step=progress.step)
+            self._resources.callback(self._tensorboard.close)
         # W&B and the bar are there on other ranks too, and silent.
         self.wandb = WandbSink(
             LoggerConfig(**as_dict["logger"] | ({} if self._is_main else {"wandb": "disabled"})),
@@ -147,6 +152,8 @@ class Recorder:
         """Drop the records past `step`, to which the run has gone back."""
         if self._is_main:
             self._jsonl.rewind(step)
+        if self._tensorboard:
+            self._tensorboard.rewind(step)
 
     def gather(self, value: Any) -> list[Any]:
         """What each rank has, by rank; JSON-able."""
@@ -156,6 +163,8 @@ class Recorder:
         if self._is_main:
             self._jsonl.write(record)
             self.wandb.write(record)
+        if self._tensorboard:
+            self._tensorboard.write(record)
 
     def _over_ranks(self, memory: dict[str, float], sources: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
         """This rank's memory beside the highest peak of all ranks; counters of the data added up, and the longest wait."""

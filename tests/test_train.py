@@ -327,6 +327,20 @@ def test_a_finished_run_is_left_alone_and_can_be_made_longer(tmp_path):
     assert "trainer.max_steps: 8 -> 10" in (tmp_path / "tiny" / "train.log").read_text()
 
 
+def test_tensorboard_has_the_records_of_metrics_jsonl_after_a_resume_too(tmp_path, stop_after):
+    pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    stop_after(5)
+    assert run_in(tmp_path, *LOW_RANK, "logger.tensorboard=true") == 75
+    stop_after(0)
+    assert run_in(tmp_path, *LOW_RANK, "logger.tensorboard=true") == 0
+    events = EventAccumulator(str(tmp_path / "tiny/tensorboard")).Reload()
+    for name in ("train/loss", "val/loss", "throughput/tokens_per_sec"):
+        expected = [(row["step"], pytest.approx(row[name])) for row in records(tmp_path) if name in row]
+        assert [(event.step, event.value) for event in events.Scalars(name)] == expected
+
+
 def test_a_stop_in_a_step_that_saves_anyway_saves_once(tmp_path, stop_after):
     stop_after(4)
     assert run_in(tmp_path, *LOW_RANK, "checkpoint.every_steps=4") == 75

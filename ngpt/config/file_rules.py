@@ -1,4 +1,4 @@
-"""Rules about what is on disk: the tokenizer, the globs of shards, the checkpoint to resume from.
+"""Rules about what is on disk: the tokenizer, the globs of shards, the checkpoint to resume from, packages that a setting needs.
 
 Only the tokenizer is opened, because its vocabulary must fit the model's.
 """
@@ -6,6 +6,7 @@ Only the tokenizer is opened, because its vocabulary must fit the model's.
 from __future__ import annotations
 
 import glob
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,9 @@ def file_problems(config: RunConfig) -> Iterator[str]:
     yield from _resume_problems(config.resume)
     if os.path.exists(config.run.dir) and not os.path.isdir(config.run.dir):
         yield problem("run.dir", config.run.dir, "must be a folder, this is a file", "set run.dir=runs")
+    if config.logger.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        rule = "needs the package tensorboard, which is not installed"
+        yield problem("logger.tensorboard", True, rule, "`pip install tensorboard`, or leave it out: `python -m ngpt.report RUN` draws too")
 
 
 def vocabulary_problem(model_vocab: int, tokenizer_vocab: int) -> str | None:

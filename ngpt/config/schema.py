@@ -248,6 +248,7 @@ class LoggerConfig:
     entity: Optional[str] = setting(None, "W&B team or user (null: WANDB_ENTITY of the environment, else your default)")
     group: Optional[str] = setting(None, "W&B group")
     tags: list[str] = setting([], "W&B tags")
+    tensorboard: bool = setting(False, "TensorBoard's event files in `tensorboard/` of the run folder (needs the package tensorboard)")
 
 
 @dataclass
