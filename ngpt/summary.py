@@ -59,6 +59,7 @@ def summarise(
         )
     newest = store.find_newest(folder / "checkpoints")
     logger.info("metrics %s | picture %s | newest checkpoint %s", folder / "metrics.jsonl", picture, newest)
+    logger.info("charts of all of it: %s", shlex.join([_interpreter(), "-m", "ngpt.report", str(folder)]))
     logger.info("%s", go_on)
 
 
@@ -66,9 +67,12 @@ def command(arguments: list[str], *, world_size: int = 1) -> str:
     """The command that starts a run with `arguments`, as a user would type it."""
     if world_size > 1:
         return f"(with the launcher of this run) {shlex.join(['-m', 'ngpt.train', *map(redact_argument, arguments)])}"
+    return shlex.join([_interpreter(), "-m", "ngpt.train", *map(redact_argument, arguments)])
+
+
+def _interpreter() -> str:
     interpreter = Path(sys.executable)
-    shown = str(interpreter.relative_to(Path.cwd())) if interpreter.is_relative_to(Path.cwd()) else "python"
-    return shlex.join([shown, "-m", "ngpt.train", *map(redact_argument, arguments)])
+    return str(interpreter.relative_to(Path.cwd())) if interpreter.is_relative_to(Path.cwd()) else "python"
 
 
 def arguments_for_more(config: RunConfig, arguments: list[str]) -> list[str]:

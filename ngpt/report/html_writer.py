@@ -14,8 +14,11 @@ from ngpt.report.style import STYLE
 from ngpt.report.svg import bars_svg, chart_svg, grid_svg, sample_svg
 
 PICTURES = (Chart, Bars, Grid)
-_SHORT = 15  # characters that are never broken
-_PIECES = re.compile(r"[^-_./,=\n]{0,23}(?:[-_./,=\n]|[^-_./,=\n]|$)")
+_WORD = (
+    28  # characters of a word that are never broken, in cells and, of names, which stand still while a table is scrolled, in the first one
+)
+_NAME = 16
+_PIECES = re.compile(r"[^-_./,=]{0,23}(?:[-_./,=]|[^-_./,=]|$)")
 
 
 def html_page(title: str, about: str, sections: Sequence[Section]) -> str:
@@ -107,11 +110,14 @@ def _row(table: Table, number: int, row: Sequence[str]) -> str:
         f'<td class="best">{_breakable(cell)}</td>' if (number, column) in table.best else f"<td>{_breakable(cell)}</td>"
         for column, cell in enumerate(row[1:], start=1)
     ]
-    return f'<tr><th scope="row">{_breakable(row[0])}</th>{"".join(cells)}</tr>'
+    return f'<tr><th scope="row">{_breakable(row[0], _NAME)}</th>{"".join(cells)}</tr>'
 
 
-def _breakable(text: str) -> str:
-    """Escaped text that may go on in the next line after punctuation, and anywhere in very long words."""
-    if len(text) <= _SHORT:
-        return html.escape(text)
-    return "<wbr>".join(html.escape(piece) for piece in _PIECES.findall(text))
+def _breakable(text: str, unbroken: int = _WORD) -> str:
+    """Escaped text whose words of more than `unbroken` characters may go on in the next line, best after punctuation."""
+
+    def word(match: re.Match[str]) -> str:
+        pieces = _PIECES.findall(match[0]) if len(match[0]) > unbroken else [match[0]]
+        return "<wbr>".join(map(html.escape, pieces))
+
+    return re.sub(r"\S+", word, text)

@@ -15,6 +15,7 @@ from ngpt.report.runs import RunHistory
 from ngpt.report.scales import figure
 from ngpt.report.subspace import subspace_content
 
+_FACT = "environment"
 _MOST_EVENTS = 30
 _NAMES_OF_A_RUN = {"run.name", "run.dir"}  # they differ between any two runs
 _COUNTERS = (
@@ -177,10 +178,12 @@ def _environment(runs: Sequence[RunHistory]) -> list[Part]:
     content: list[Part] = []
     if len(shared) < len(names):
         rows = [[name, *(one.get(name, "-") for one in facts)] for name in names if name not in shared]
-        content.append(Table(["", *(run.name for run in known)], rows, "Of each run, at its last start.", numbers=False))
+        content.append(Table([_FACT, *(run.name for run in known)], rows, "Of each run, at its last start.", numbers=False))
     if shared:
         whose = "" if len(known) == 1 else " The same for all runs."
-        content.append(Table(["", "value"], [[name, value] for name, value in shared.items()], f"At the last start.{whose}", numbers=False))
+        content.append(
+            Table([_FACT, "value"], [[name, value] for name, value in shared.items()], f"At the last start.{whose}", numbers=False)
+        )
     commands = [[run.name, _command(run)] for run in known]
     content.append(Table(["run", "command"], commands, "As the run was started last; secrets are hidden.", numbers=False))
     return content
@@ -189,7 +192,8 @@ def _environment(runs: Sequence[RunHistory]) -> list[Part]:
 def _facts(run: RunHistory) -> dict[str, str]:
     start = run.starts[-1]
     git, versions = start.get("git"), start.get("versions")
-    facts = {"first start": str(run.starts[0].get("time", "-")), "starts": str(len(run.starts))}
+    first = str(run.starts[0].get("time", "-")).replace("T", " ").replace("+00:00", " UTC")
+    facts = {"first start": first, "starts": str(len(run.starts))}
     if start.get("resumed_from"):
         facts["continued from"] = str(start["resumed_from"])
     if isinstance(git, dict):

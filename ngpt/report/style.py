@@ -51,6 +51,7 @@ figure tr > th:first-child { background: var(--card); }
 .numbers td, .numbers thead th + th { text-align: right; padding: .3rem 0 .3rem 1.1rem; }
 .numbers thead th + th { min-width: 6rem; }
 .numbers td { white-space: nowrap; }
+.words thead th + th { max-width: 14rem; }
 .words td { min-width: 4rem; max-width: 46rem; }
 .best { font-weight: 700; }
 .picture { display: block; width: 100%; height: auto; overflow: visible; }

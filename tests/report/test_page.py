@@ -115,6 +115,14 @@ def test_the_numbers_of_every_chart_are_the_records(write_run, make_records, tmp
         assert rows[-1][0] == "409,600"
 
 
+def test_a_place_where_a_run_has_no_record_gets_a_dash_and_nothing_is_interpolated(write_run, make_records, tmp_path: Path) -> None:
+    _, text, _ = report(tmp_path, write_run("a", make_records(60)), write_run("b", make_records(60, every=7)))
+    body = text.split("<figcaption>Learning rate</figcaption>")[1].split("</figure>")[0]
+    rows = {row[0]: row[1:] for row in Page(body.strip()).tables[0][1:]}
+    assert rows["2,048"] == ["0.0098361", "0.0098361"]
+    assert rows["122,880"] == ["0.00016393", "-"]
+
+
 def test_the_lowest_loss_is_marked_where_several_runs_have_one(write_run, make_records, tmp_path: Path) -> None:
     runs = [write_run(name, make_records(100, loss=loss)) for name, loss in (("a", 3.0), ("b", 2.0), ("c", 4.0))]
     _, text, markdown = report(tmp_path, *runs)
@@ -148,7 +156,7 @@ def test_the_page_asks_the_network_for_nothing(write_run, make_records, tmp_path
 
 def test_names_and_values_of_runs_are_text_and_nothing_else(write_run, make_records, tmp_path: Path) -> None:
     items = make_records(100)
-    items[0] |= {"layers/model.layers.0.<b>x</b>.weight/captured_energy": 0.5, "subspace/captured_energy": 0.5}
+    items.append({"step": 100, "tokens": 204_800, "layers/model.layers.0.<b>x</b>.weight/captured_energy": 0.5, "subspace/rank": 0.5})
     evil = write_run("evil", items, name=HOSTILE, data={"path": HOSTILE, HOSTILE: 1}, optimizer={"name": "x"})
     (evil / "loss_spikes.jsonl").write_text(json.dumps({"step": 50, "what": HOSTILE, "loss": "<i>"}) + "\n")
     plain = write_run("plain", make_records(100), optimizer={"name": "y"})
@@ -201,15 +209,15 @@ def test_the_environment_is_that_of_the_manifest(write_run, make_records, tmp_pa
     manifest["starts"].append(manifest["starts"][0] | {"device": "NVIDIA H200", "resumed_from": "step-0000050"})
     (runs[1] / "manifest.json").write_text(json.dumps(manifest))
     page, _, _ = report(tmp_path, *runs)
-    assert dict(map(tuple, page.table("", "value"))) == {
-        "first start": "2026-01-02T03:04:05+00:00",
+    assert dict(map(tuple, page.table("environment", "value"))) == {
+        "first start": "2026-01-02 03:04:05 UTC",
         "commit": "0123456789ab with changes",
         "devices": "2",
         "platform": "Linux-6",
         "python": "3.11.2",
         "torch": "2.9.9",
     }
-    assert page.table("", "a", "b") == [
+    assert page.table("environment", "a", "b") == [
         ["starts", "1", "2"],
         ["device", "cpu, 2 threads", "NVIDIA H200"],
         ["continued from", "-", "step-0000050"],

@@ -72,11 +72,11 @@ def test_events_are_read_from_both_files_in_order_and_once(write_run) -> None:
 
 
 def test_folders_of_runs_are_searched_in_the_order_of_their_numbers(write_run, tmp_path: Path) -> None:
-    for name in ("sweep/run10", "sweep/run2", "sweep/more/x"):
+    for name in ("sweep/run10", "sweep/run2", "sweep/run3", "sweep/more/x"):
         write_run(name, [{"step": 1}])
     (tmp_path / "sweep" / "run2" / "checkpoints" / "inner").mkdir(parents=True)
-    runs = find_runs([tmp_path / "sweep" / "run10", tmp_path / "sweep", tmp_path / "sweep" / "run2" / "metrics.jsonl"])
-    assert [run.name for run in runs] == ["run10", "x", "run2"]
+    runs = find_runs([tmp_path / "sweep" / "run3", tmp_path / "sweep", tmp_path / "sweep" / "run2" / "metrics.jsonl"])
+    assert [run.name for run in runs] == ["run3", "x", "run2", "run10"]
 
 
 def test_names_that_come_twice_are_told_apart(write_run, tmp_path: Path) -> None:
