@@ -32,7 +32,7 @@ def verdict(baseline: Standing, other: Standing) -> str:
     interval = f"{CONFIDENCE:.0%} interval of {seeds}, paired; standard error {difference.standard_error:.4f}"
     if not difference.is_told:
         untold = f"{difference.mean:+.4f} ± {difference.half_width:.4f} nats ({interval})"
-        return f"No difference can be told between {b} and {a}: {untold}, {costs}."
+        return f"No difference can be told between {b} and {a}: {untold}, {costs}. More seeds narrow the interval."
     better = "better" if difference.mean < 0 else "worse"
     return f"{b} is {better} than {a} by {abs(difference.mean):.4f} ± {difference.half_width:.4f} nats ({interval}) {costs}."
 
