@@ -21,6 +21,7 @@ from ngpt.config.optimizers import (
     OptimizerConfig,
     ReLoRAConfig,
 )
+from ngpt.config.precision import ROUNDING
 from ngpt.config.problems import ConfigError
 from ngpt.config.schema import (
     ConstantSchedulerConfig,
@@ -57,7 +58,6 @@ _LOW_RANK: dict[type[LowRankConfig], type[LowRankAdamW]] = {
     NaturalGaLoreConfig: NaturalGaLore,
     AdaRankGradConfig: AdaRankGrad,
 }
-_ROUNDING = {"fp32": "nearest", "bf16": "stochastic", "bf16_nearest": "nearest", "bf16_master": "master"}
 
 
 def open_tokenizer(config: RunConfig) -> Tokenizer | None:
@@ -168,7 +168,7 @@ def build_optimizer(model: nn.Module, sharding: Sharding = WHOLE, *, config: Opt
         "eps": config.eps,
         "weight_decay": config.weight_decay,
         "state_dtype": config.state_dtype,
-        "rounding": _ROUNDING[precision],
+        "rounding": ROUNDING[precision],
         "seed": seed,
         "sharding": sharding,
     }
