@@ -37,7 +37,6 @@ class Activations:
         hidden_gradient: what remains of that when backward starts.
         norm_backward: what the backward of a norm needs on top of what the blocks before it keep.
         feed_forward_backward: what a block's backward needs on top of what the blocks up to it keep, when gate and up are left.
-        embedding_backward: what the gradient of the embedding needs beside itself.
     """
 
     blocks: tuple[int, ...]
@@ -48,7 +47,6 @@ class Activations:
     hidden_gradient: int
     norm_backward: int
     feed_forward_backward: int
-    embedding_backward: int
 
 
 def activations_of(config: RunConfig, *, bytes_per_weight: int, on_gpu: bool) -> Activations:
@@ -70,8 +68,6 @@ def activations_of(config: RunConfig, *, bytes_per_weight: int, on_gpu: bool) ->
         # On the CPU a norm's backward is made of plain operations in fp32, six arrays of them at one time.
         norm_backward=4 * stream if on_gpu else 6 * tokens * FP32 * hidden + stream,
         feed_forward_backward=stream + 2 * tokens * w * model.intermediate_size,
-        # The CPU adds up the rows of a narrow gradient in fp32.
-        embedding_backward=0 if on_gpu or w == FP32 else model.vocab_size * hidden * FP32,
     )
 
 

@@ -22,6 +22,7 @@ from ngpt.planning.parameters import Parameter, layer_name, parameters_of
 from ngpt.planning.update_memory import Arithmetic, apply_bytes, kept_gradient_bytes, reduce_bytes, together_bytes
 from ngpt.planning.zero_memory import Wire, gathered_weight_bytes
 
+FP32 = 4
 KINDS = ("weights", "optimizer state", "gradients", "activations", "logits", "between ranks", "temporaries")
 
 
@@ -159,7 +160,6 @@ class _Walk:
             below += sum(kept.blocks)
         else:
             yield self._moment(f"the norm before block 0{when}", gradients=done, activations=below + kept.norm_backward)
-            born_beside = kept.embedding_backward
         largest = max(members, key=lambda parameter: parameter.numel if parameter.settings is not None else 0)
         if largest.settings is None:
             return
@@ -187,6 +187,7 @@ class _Walk:
             return
         trained = [parameter for parameter in self._parameters if parameter.settings is not None]
         gradients = sum(self._kept.values())
+        yield self._moment("the norm of the gradient", gradients=gradients, temporaries=self._norm_bytes(trained))
         if self._wire is not None:
             for name, members in reversed(self._layers.items()):
                 yield self._moment(f"update of {name}", gradients=gradients, temporaries=self._applied_together(members))
@@ -229,6 +230,13 @@ class _Walk:
             return 0 if self._setup.immediate or not layer else gradient_bytes(layer, self._setup)
         how = {"apply": self._config.optimizer.apply, "micro_batches": self._setup.micro_batches}
         return sum(kept_gradient_bytes(parameter, self._arithmetic, **how) for parameter in members)
+
+    def _norm_bytes(self, trained: list[Parameter]) -> int:
+        """The CPU widens a narrow gradient as a whole before it takes its norm."""
+        if self._on_gpu or self._arithmetic.w == FP32:
+            return 0
+        narrow = [p.numel for p in trained if self._gradients_of([p]) == self._arithmetic.w * p.numel]
+        return FP32 * max(narrow, default=0)
 
     def _carried(self) -> int:
         """Gradients of earlier micro-batches of the same update."""

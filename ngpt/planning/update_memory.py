@@ -64,7 +64,8 @@ def reduce_bytes(parameter: Parameter, arithmetic: Arithmetic, *, first: bool = 
     """While a full gradient is reduced inside backward: in the `first` micro-batch, the search for a subspace as well."""
     if parameter.settings is None or keeps_full_gradient(parameter.settings):
         return 0
-    projected = (FP32 + arithmetic.w) * _low_numel(parameter)
+    widened = 0 if arithmetic.on_gpu or arithmetic.w == FP32 else FP32 * parameter.numel  # for the norm
+    projected = max((FP32 + arithmetic.w) * _low_numel(parameter), widened + FP32 * _low_numel(parameter))
     return max(projected, _search_bytes(parameter, arithmetic)) if first else projected
 
 
