@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import resource
 import sys
 import time
@@ -11,27 +10,13 @@ from collections.abc import Mapping
 import psutil
 import torch
 
+from ngpt.config.devices import gpu_of
 from ngpt.loop.evaluate import EvalResult, perplexity
 from ngpt.loop.train_step import StepResult
 
 GIB = 2**30
 Record = dict[str, float | int | None]
 _SHORTEST_SECONDS = 1e-9  # of an interval: a clock that stands still must not divide by zero
-
-# Dense bf16 peak of the tensor cores, FLOP/s, as printed in the vendors' data sheets (the figure without sparsity), by words of the
-# device's name. Older cards have no bf16 in theirs and are measured.
-_PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
 
 
 class StepMetrics:
@@ -134,10 +119,9 @@ def device_memory(device: torch.device) -> dict[str, float]:
 def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that the MFU is a share of: the data sheet's for a known GPU, else what a large matrix product reaches here and now."""
     if device.type == "cuda" and dtype is torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for known, flops in _PEAK_FLOPS.items():
-            if re.search(rf"\b{known}\b", name):
-                return flops
+        gpu = gpu_of(torch.cuda.get_device_name(device))
+        if gpu is not None:
+            return gpu.bf16
     size = 1024 if device.type == "cpu" else 8192
     left, right = (torch.full((size, size), 0.5, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
