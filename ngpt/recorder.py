@@ -23,6 +23,8 @@ from ngpt.loop.evaluate import EvalResult
 from ngpt.loop.train_loop import Progress
 from ngpt.loop.train_step import StepResult
 from ngpt.model import cost
+from ngpt.planning.memory import estimate_memory
+from ngpt.planning.page import against_plan, short_plan
 from ngpt.telemetry.console import eval_line, progress_bar, step_line
 from ngpt.telemetry.layers import layer_record
 from ngpt.telemetry.manifest import write_manifest
@@ -31,6 +33,8 @@ from ngpt.telemetry.sinks import JsonlSink, WandbSink
 from ngpt.telemetry.tensorboard import TensorBoardSink
 
 logger = logging.getLogger(__name__)
+
+FIRST_STEPS = 3  # of a start, after which the highest memory so far is compared with the plan
 
 
 def due(every_steps: int, step: int) -> bool:
@@ -106,6 +110,7 @@ class Recorder:
             peak_flops=trainer.peak_flops or measured or device_peak_flops(engine.device, weight_dtype(trainer.precision)),
             world_size=collectives.size,
         )
+        self._plan = estimate_memory(config, ranks=collectives.size, on_gpu=engine.device.type == "cuda")
         self._announce(resumed_from)
         self._bar = self._resources.enter_context(
             progress_bar(total_steps=self._total_steps, done=progress.step, shown=self._is_main),
@@ -130,6 +135,7 @@ class Recorder:
             self._record_batches(result, "nonfinite_steps.jsonl", what)
         if result.update.statistics:
             self._publish(layer_record(result))
+        self._compare_with_plan(result.step)
         regular = result.step in (1, self._total_steps) or due(self._config.logger.every_steps, result.step)
         if not regular and result.step != self._resumed_step + 1:
             return
@@ -201,6 +207,12 @@ class Recorder:
         )
 
     # ------------------------------------------------------------------------------------------------------- the start
+    def _compare_with_plan(self, step: int) -> None:
+        """After the first updates, say what the plan was worth: on a GPU, whose allocator counts tensors as the plan does. (The
+        resident set of a process on the CPU holds Python, libraries and what was freed as well.)"""
+        if self._engine.device.type == "cuda" and step == min(self._resumed_step + FIRST_STEPS, self._total_steps):
+            logger.info("%s", against_plan(self._plan, device_memory(self._engine.device)["peak_allocated"]))
+
     @property
     def _adapter_rank(self) -> int:
         return self._config.optimizer.rank if isinstance(self._config.optimizer, LoRAConfig) else 0
@@ -228,5 +240,6 @@ class Recorder:
             sizes["optimizer_state"] / 2**20,
             self._folder,
         )
+        logger.info("%s", short_plan(self._plan))
         if resumed_from:
             logger.info("continuing from %s: step %d, %s tokens", resumed_from, progress.step, f"{progress.tokens:,}")

@@ -7,9 +7,9 @@ takes them (keys and values repeated for every query head), the output of attent
 
     t w (10 H + 4 M)  +  4 t (N + 2)                                                     (1)
 
-the last term being fp32: the logarithms of the sums of attention's rows and the scales of the norms. So it is with the fused kernels of a GPU;
-on the CPU a norm is made of plain operations, which keep their input in fp32. Scores are kept nowhere: attention is fused on both. With
-borders between documents each block keeps the mask, T numbers a token, in the dtype of the weights.
+the last term being fp32: the logarithms of the sums of attention's rows, and the scales of the norms. So it is with the fused kernels of
+a GPU; on the CPU a norm is made of plain operations, which keep their input in fp32. Scores are kept nowhere: attention is fused on both.
+With borders between documents each block keeps the mask, T numbers a token, in the dtype of the weights.
 """
 
 from __future__ import annotations
@@ -75,7 +75,11 @@ def _kept_by_block(config: RunConfig, w: int, norm_input: int) -> int:
     """(1), and what adapters add."""
     model, trainer = config.model, config.trainer
     tokens = trainer.micro_batch_size * trainer.seq_len
-    kept = 2 * norm_input + tokens * w * (8 * model.hidden_size + 4 * model.intermediate_size) + tokens * FP32 * (model.num_attention_heads + 2)
+    kept = (
+        2 * norm_input
+        + tokens * w * (8 * model.hidden_size + 4 * model.intermediate_size)
+        + tokens * FP32 * (model.num_attention_heads + 2)
+    )
     if masks_documents(config):
         kept += tokens * trainer.seq_len * w
     if isinstance(config.optimizer, LoRAConfig):

@@ -100,6 +100,9 @@ def _changes(config: RunConfig, ranks: int) -> Iterator[tuple[str, str, bool, Ru
     for apply, price in (("deferred", "none"), ("immediate", "no clipping, no accumulation")):
         if optimizer.apply not in (apply, "immediate"):
             yield f"optimizer.apply={apply}", price, True, _with(config, "optimizer", apply=apply)
+    if optimizer.apply == "deferred" and trainer.precision != "fp32":
+        changed = _with(config, "optimizer", apply="whole")
+        yield "optimizer.apply=whole", "micro-batches are added up in bf16 instead of fp32", False, changed
     if ranks > 1 and config.engine.zero_stage < 3:
         for stage in range(config.engine.zero_stage + 1, 4):
             yield f"engine.zero_stage={stage}", "more traffic between ranks", True, _with(config, "engine", zero_stage=stage)

@@ -91,7 +91,7 @@ class _Walk:
         self._wire = Wire(self._setup, gloo=not on_gpu) if self._zero else None
 
     def estimate(self) -> MemoryEstimate:
-        state = {kind: 0 for kind in STATE_KINDS}
+        state = dict.fromkeys(STATE_KINDS, 0)
         for parameter in self._parameters:
             if parameter.settings is not None:
                 sizes = state_bytes_on_rank(parameter.shape, parameter.settings, self._setup)
@@ -199,9 +199,7 @@ class _Walk:
             yield self._moment("the update", gradients=gradients, temporaries=max(largest, together))
             return
         for parameter in reversed(trained):
-            yield self._moment(
-                f"update of {parameter.name}", gradients=gradients, temporaries=apply_bytes(parameter, self._arithmetic)
-            )
+            yield self._moment(f"update of {parameter.name}", gradients=gradients, temporaries=apply_bytes(parameter, self._arithmetic))
             gradients -= kept_gradient_bytes(
                 parameter, self._arithmetic, apply=self._config.optimizer.apply, micro_batches=self._setup.micro_batches
             )

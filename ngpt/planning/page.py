@@ -14,6 +14,7 @@ from ngpt.planning.fit import (
     CONTEXT,
     GIB,
     UNUSED,
+    VISIBLE,
     fits,
     largest_micro_batch,
     needed,
@@ -21,7 +22,7 @@ from ngpt.planning.fit import (
     total_saved,
     what_fits,
 )
-from ngpt.planning.memory import KINDS, MemoryEstimate, estimate_memory, setup_of
+from ngpt.planning.memory import KINDS, MemoryEstimate, estimate_memory
 from ngpt.planning.parameters import KINDS as PARAMETER_KINDS
 from ngpt.planning.parameters import parameters_of
 from ngpt.planning.throughput import peak_of, work_of
@@ -57,17 +58,23 @@ def plan_page(config: RunConfig, target: Target) -> str:
         _memory(config, columns, target),
         _cards(config, columns, target),
         _remedies(config, own, target),
-        f"Counted: tensors of one update, at its peak. Assumed on top for a card: {CONTEXT / GIB:.2f} GiB for CUDA, libraries and their "
-        f"workspaces,\nand {UNUSED:.0%} that the allocator leaves unused; 1.5 % of the memory on the box is not given to programs. Nothing was "
-        "allocated.",
+        f"Counted: tensors of one update, at its peak. Assumed on top for a card: {CONTEXT / GIB:.2f} GiB for CUDA, libraries and "
+        f"workspaces,\n{UNUSED:.0%} that the allocator leaves unused, {1 - VISIBLE:.1%} of the memory on the box that programs do not get."
+        " Nothing was allocated.",
     ]
     return "\n\n".join(sections)
 
 
-def short_plan(config: RunConfig, estimate: MemoryEstimate) -> str:
+def short_plan(estimate: MemoryEstimate) -> str:
     """One line for the start of a run."""
-    sizes = ", ".join(f"{kind} {_gib(size)}" for kind, size in estimate.peak.sizes.items() if size >= 0.005 * estimate.peak.total)
-    return f"planned peak {_gib(estimate.peak.total)} GiB of tensors ({sizes}), at {estimate.peak.name}"
+    sizes = ", ".join(f"{kind} {_size(size)}" for kind, size in estimate.peak.sizes.items() if size >= 0.005 * estimate.peak.total)
+    return f"planned peak {_size(estimate.peak.total)} of tensors ({sizes}), at {estimate.peak.name}"
+
+
+def against_plan(estimate: MemoryEstimate, measured: float) -> str:
+    """The highest memory of tensors that a device has had, beside the plan."""
+    planned = estimate.peak.total
+    return f"peak of tensors so far {_size(measured)}, planned {_size(planned)} ({measured / planned - 1:+.1%})"
 
 
 # ------------------------------------------------------------------------------------------------------------------ the work
@@ -193,6 +200,10 @@ def _together(config: RunConfig, target: Target) -> list[str]:
 def _gib(size: float) -> str:
     value = size / GIB
     return f"{value:.2f}" if value < 99.995 else f"{value:,.0f}"
+
+
+def _size(size: float) -> str:
+    return f"{_gib(size)} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
 
 
 def _count(number: float, unit: str = "") -> str:
