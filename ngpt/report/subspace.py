@@ -16,6 +16,7 @@ _MEANS = (
     ("subspace/rank", "Rank, mean of projected matrices", 1.0),
 )
 _OF_LAYERS = (("captured_energy", "captured energy"), ("overlap", "overlap at the last refresh"), ("rank", "rank"))
+_BLOCK = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # in the order in which a block computes
 _LAYER = re.compile(r"^layers/(?:.*\.)?layers\.(\d+)\.(.+?)(?:\.weight)?/(\w+)$")
 _OTHER = re.compile(r"^layers/(.+?)(?:\.weight)?/(\w+)$")
 
@@ -28,7 +29,8 @@ def subspace_content(runs: Sequence[RunHistory]) -> list[Part]:
         return [HOW_TO] if any(_is_projected(run) for run in runs) else []
     explained = (
         "Captured energy is the share of the squared gradient inside the subspace (1: nothing is lost); overlap is how much of a "
-        "subspace is kept by its refresh (1: nothing turned, the refresh was not needed; near 0: gradients have moved on, or are noise)."
+        "subspace is kept by its refresh (1: nothing turned, the refresh was not needed; near 0: gradients have moved on, or are noise). "
+        "Two subspaces that have nothing to do with each other overlap by rank / shorter side of the matrix."
     )
     return [explained, *charts, *grids]
 
@@ -62,11 +64,12 @@ def _grid(run: RunHistory, metric: str, label: str, *, several: bool) -> Grid | 
         {column for row in cells.values() for column in row}, key=lambda column: (column == "-", int(column) if column != "-" else 0)
     )
     highest = max(values) if metric == "rank" else 1.0
-    whose = f"{run.name}: " if several else ""
+    title = f"{run.name}: {label}" if several else f"{label[0].upper()}{label[1:]}"
+    names = sorted(cells, key=lambda name: (_BLOCK.index(name) if name in _BLOCK else len(_BLOCK), name))
     return Grid(
-        f"{whose}{label} by matrix and layer, step {record['step']}",
-        list(cells),
+        f"{title} by matrix and layer, step {record['step']}",
+        names,
         columns,
-        [[row.get(column) for column in columns] for row in cells.values()],
+        [[row.get(column) for column in columns] for row in map(cells.__getitem__, names)],
         highest,
     )

@@ -73,7 +73,7 @@ def bars_svg(bars: Bars) -> str:
 def grid_svg(grid: Grid) -> str:
     """Cells whose shade is the value; the value stands in them where there is room."""
     left, top, height = 104, 20, 22
-    width = min(44.0, (_WIDTH - left - 4) / max(1, len(grid.columns)))
+    width = min(56.0, (_WIDTH - left - 4) / max(1, len(grid.columns)))
     every = 1 if width >= 17 else math.ceil(22 / width)
     drawn = [
         f'<text class="middle" x="{left + (number + 0.5) * width:.1f}" y="14">{html.escape(column)}</text>'
@@ -94,10 +94,8 @@ def grid_svg(grid: Grid) -> str:
                 f"{text}</rect>"
             )
             if width >= 30:
-                shade = " dark" if share > 0.55 else ""
-                drawn.append(
-                    f'<text class="middle value{shade}" x="{x + (width - 1) / 2:.1f}" y="{y + 15}">{short(round(value, 2))}</text>'
-                )
+                shade = " dark" if share > 0.75 else ""
+                drawn.append(f'<text class="middle value{shade}" x="{x + (width - 1) / 2:.1f}" y="{y + 15}">{_in_cell(value)}</text>')
     return _svg(top + height * len(grid.rows) + 4, f"{grid.title}; the table below has the numbers", drawn)
 
 
@@ -177,6 +175,10 @@ def _path(x: Series, y: Series) -> str:
         commands.append(f"{'L' if pen_down else 'M'}{across:.1f} {down:.1f}")
         pen_down = True
     return "".join(commands)
+
+
+def _in_cell(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 10 and value != int(value) else short(value)
 
 
 def _title(text: str) -> str:
