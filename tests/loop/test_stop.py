@@ -1,4 +1,4 @@
-"""Signals become a request; the second one acts as it always did."""
+"""Signals become a request; a second one ends the process at once."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
-from ngpt.loop.stop import stop_on_signals
+from ngpt.loop.stop import SECONDS_OF_ONE_REQUEST, stop_on_signals
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
@@ -27,30 +28,38 @@ def test_a_signal_is_recorded_with_its_exit_code_and_handlers_are_restored(numbe
     assert signal.getsignal(number) == before
 
 
-def test_a_second_ctrl_c_interrupts():
-    """A second Ctrl-C | ends at once"""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell start with it ignored
-    try:
-        with stop_on_signals() as stop:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert stop()
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, before)
+def test_what_a_launcher_passes_on_is_the_same_request():
+    """Ctrl-C in a terminal reaches launcher and ranks, and the ranks again from the launcher | one request, saved"""
+    with stop_on_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGINT
+        assert stop.exit_code == 130
 
 
-def test_a_second_sigterm_kills():
-    """A second SIGTERM | ends at once"""
+def test_a_second_signal_ends_the_process_at_once_in_the_middle_of_a_long_step():
+    """A second Ctrl-C while the main thread computes or waits for other ranks | ends at once"""
     program = textwrap.dedent("""
-        import os, signal
+        import hashlib, logging, time
         from ngpt.loop.stop import stop_on_signals
+        logging.basicConfig()
         with stop_on_signals() as stop:
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert stop()
-            os.kill(os.getpid(), signal.SIGTERM)
-            print("still here")
+            print("ready", flush=True)
+            while not stop():
+                time.sleep(0.01)
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # many minutes in which no handler of Python's runs
     """)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == -signal.SIGTERM
-    assert "still here" not in done.stdout
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        first = process.stderr.readline()
+        assert "SIGINT: finishing the step, saving, then exiting (again to exit at once, without saving)" in first
+        time.sleep(SECONDS_OF_ONE_REQUEST + 0.2)
+        assert process.poll() is None
+        asked = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+        assert time.monotonic() - asked < 5
+        assert "SIGINT again: exiting at once" in process.stderr.read()
