@@ -20,7 +20,7 @@ ENV PATH=/venv/bin:$PATH \
 
 # The packages change seldom and weigh gigabytes, so their layer depends on the pins alone and not on the code.
 COPY pyproject.toml constraints.txt ./
-COPY .ci/install.sh .ci/
+COPY .ci/install.sh .ci/hashes.py .ci/hashes.txt .ci/
 RUN mkdir ngpt \
     && touch README.md LICENSE ngpt/__init__.py \
     && TORCH=cuda bash .ci/install.sh /venv
