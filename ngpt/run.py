@@ -28,12 +28,15 @@ from ngpt.dist.process_group import choose_device, deterministic_algorithms, pro
 from ngpt.dist.ranks import LaunchError, ranks_from_environment
 from ngpt.dist.replicas import ReplicasDiffer, check_position, check_replicas
 from ngpt.dist.watch import PeerLost
+from ngpt.initial_weights import begin_with
 from ngpt.loop.evaluate import EvalResult, evaluate
 from ngpt.loop.spikes import SpikeRule
 from ngpt.loop.stop import stop_on_signals
 from ngpt.loop.train_loop import Progress, TrainingDiverged, train_loop
 from ngpt.loop.train_step import StepResult
+from ngpt.model.llama import LlamaForCausalLM
 from ngpt.recorder import Recorder, due
+from ngpt.samples import Samples
 from ngpt.summary import arguments_for_more, command, summarise
 from ngpt.telemetry.console import configure_logging
 from ngpt.telemetry.profiler import ProfilerWindow
@@ -144,10 +147,14 @@ class Run:
         self.engine = build.build_engine(config, self.device)
         if checkpoint:
             self._restore(checkpoint, state)
+        elif config.model.init_from:
+            self.activity.now(f"reading {config.model.init_from}")
+            begin_with(self.engine, Path(config.model.init_from).expanduser(), config.model)
         self._data_state = self.loader.state_dict()
         self.activity.now("reading held-out text")
         evaluates = config.eval.every_steps or config.eval.at_end
         self.eval_batches = build.read_eval_batches(config, self.tokenizer, self.ranks) if evaluates else []
+        self._samples = self._open_samples()
         # A run that branches off from another one's checkpoint is a run of its own in W&B too.
         continues = checkpoint and checkpoint.parent.resolve() == self.store.folder.resolve()
         self.recorder = Recorder(
@@ -161,6 +168,22 @@ class Run:
             resumed_from=checkpoint,
             wandb_run_id=state["wandb"]["run_id"] if continues else None,
         )
+
+    def _open_samples(self) -> Samples | None:
+        config = self.config
+        if not (config.eval.sample_prompts and self.ranks.is_main):
+            return None
+        assert self.tokenizer is not None
+        samples = Samples(
+            config.eval,
+            self.tokenizer,
+            max_seq_len=config.model.max_seq_len,
+            path=self.folder / "samples.jsonl",
+            seed=config.seed,
+            resume_step=self.progress.step,
+        )
+        self._resources.callback(samples.close)
+        return samples
 
     def _open_folder(self) -> None:
         try:
@@ -278,6 +301,9 @@ class Run:
             self.engine, self.eval_batches, token_bytes, self.collectives, on_batch=lambda: self.activity.now(evaluating)
         )
         self.recorder.evaluation(self._last_eval, seconds=time.perf_counter() - started)
+        if self._samples is not None:
+            assert isinstance(self.engine.model, LlamaForCausalLM)
+            self._samples.write(self.engine.model, step=self.progress.step, tokens=self.progress.tokens)
 
     def roll_back(self) -> None:
         """Go back to the last checkpoint, all but the place in the data: on with the batches that follow.
@@ -302,6 +328,8 @@ class Run:
         kept["rollbacks"] = progress.rollbacks + 1
         self._restore_training(checkpoint, self.store.read_state(checkpoint)["progress"] | kept)
         self.recorder.rewind(progress.step)
+        if self._samples is not None:
+            self._samples.rewind(progress.step)
 
     def check_replicas(self) -> None:
         """Raise ReplicasDiffer unless all ranks hold the same weights, where all hold them, and are at the same place in the data."""

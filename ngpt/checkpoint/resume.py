@@ -31,7 +31,15 @@ MUST_STAY = (
     "trainer.precision",
     "seed",
 )
-MAY_CHANGE = {"model.name", "data.max_bad_documents", "data.prefetch_batches", "data.max_retries", "data.retry_seconds", "data.verify"}
+MAY_CHANGE = {
+    "model.name",
+    "model.init_from",
+    "data.max_bad_documents",
+    "data.prefetch_batches",
+    "data.max_retries",
+    "data.retry_seconds",
+    "data.verify",
+}
 # A corpus may move to another folder: the position in the data carries a fingerprint of its files, which the loader compares.
 MAY_CHANGE |= {"data.train_files", "data.val_files"}
 # Not worth a line in the log when they change: they say where and how to watch, not what is trained.

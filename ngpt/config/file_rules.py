@@ -11,8 +11,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from ngpt.config.llama_folder import INDEX, SINGLE, NotLlama, differences, read_llama_config
 from ngpt.config.problems import problem
-from ngpt.config.schema import LocalC4DataConfig, RunConfig, TokenizedDataConfig
+from ngpt.config.schema import LocalC4DataConfig, ModelConfig, RunConfig, TokenizedDataConfig
 from ngpt.config.suggest import nearest
 
 _LARGEST_MODEL_BYTES = 2**28  # the largest models known have some 10 MB; anything else must not be read into memory
@@ -21,6 +22,7 @@ _LARGEST_MODEL_BYTES = 2**28  # the largest models known have some 10 MB; anythi
 def file_problems(config: RunConfig) -> Iterator[str]:
     """A line for every path of `config` that is missing or of the wrong kind."""
     yield from _tokenizer_problems(config)
+    yield from _initial_weights_problems(config.model)
     if isinstance(config.data, LocalC4DataConfig | TokenizedDataConfig):
         yield from _shard_problems(config.data)
     yield from _resume_problems(config.resume)
@@ -89,6 +91,27 @@ def _missing_tokenizer(config: RunConfig) -> str:
     if os.path.basename(target) == "spiece.model":
         fix = f"bring spiece.model of t5-base from the hub, or {fix}"
     return problem("tokenizer.path", path, rule, fix if target == path else f"{fix} and set tokenizer.path={target}")
+
+
+def _initial_weights_problems(model: ModelConfig) -> Iterator[str]:
+    """One line with every field in which the model differs from the folder that it begins with, and the settings that agree with it."""
+    if model.init_from is None:
+        return
+    path, folder = "model.init_from", Path(model.init_from).expanduser()
+    try:
+        theirs = read_llama_config(folder)
+    except NotLlama as error:
+        yield problem(path, model.init_from, str(error), "give a LLaMA folder, or null (a run that is resumed does not read it)")
+        return
+    if not (folder / SINGLE).exists() and not (folder / INDEX).exists():
+        rule = f"has no {SINGLE} and no {INDEX}; pickles (*.bin) are programs and are not read"
+        yield problem(path, model.init_from, rule, "convert the weights to safetensors")
+    if found := differences(model, theirs):
+        values = {name: str(value).lower() if isinstance(value, bool) else f"{value}" for name, (_, value) in found.items()}
+        rule = "must have the model's shape, it has " + ", ".join(
+            f"{name} = {value} (not {found[name][0]})" for name, value in values.items()
+        )
+        yield problem(path, model.init_from, rule, "set " + " ".join(f"model.{name}={value}" for name, value in values.items()))
 
 
 def _shard_problems(data: LocalC4DataConfig | TokenizedDataConfig) -> Iterator[str]:

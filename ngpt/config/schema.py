@@ -45,6 +45,9 @@ class ModelConfig:
     rms_norm_eps: float = setting(1e-6, "added to the mean square in RMSNorm", above=0)
     initializer_range: float = setting(0.02, "standard deviation of the initial weights", above=0)
     tie_word_embeddings: bool = setting(False, "use the embedding matrix as the head")
+    init_from: Optional[str] = setting(
+        None, "LLaMA folder in Hugging Face's layout (config.json, safetensors) whose weights training begins with; not read on a resume"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ text and tokens
@@ -256,6 +259,9 @@ class EvalConfig:
     every_steps: int = setting(1000, "steps between evaluations (0: none on the way)", at_least=0)
     max_tokens: int = setting(10_000_000, "held-out tokens to evaluate on, the same ones every time", at_least=1)
     at_end: bool = setting(True, "evaluate after the last step")
+    sample_prompts: list[str] = setting([], "texts that the model continues at each evaluation, on the console and in samples.jsonl")
+    sample_tokens: int = setting(64, "most tokens of each such continuation", at_least=1)
+    sample_temperature: float = setting(0.8, "of these continuations; 0 takes the most probable token", at_least=0)
     unigram_baseline: bool = setting(False, "at the end, print the held-out perplexity of a unigram model of the training tokens")
 
 

@@ -22,6 +22,7 @@ from ngpt.config.schema import (
     WSDSchedulerConfig,
     checkpointing_interval,
     decay_steps_in_run,
+    engine_of_launch,
     steps_in_run,
     warmup_steps_in_run,
 )
@@ -319,6 +320,18 @@ def _held_out(config: RunConfig, world_size: int) -> Iterator[str]:
     if evaluates and isinstance(data, C4DataConfig) and data.val_split == data.train_split:
         rule = "must differ from data.train_split, or the model is judged by text that it was trained on"
         yield problem("data.val_split", data.val_split, rule, "set data.val_split=validation")
+
+
+@_rule("engine.name", "engine.zero_stage")
+def _samples(config: RunConfig, world_size: int) -> Iterator[str]:
+    prompts, path = config.eval.sample_prompts, "eval.sample_prompts"
+    if not prompts:
+        return
+    if config.data.name == "synthetic" or config.tokenizer.path is None:
+        yield problem(path, prompts, "needs text and its tokenizer, data=synthetic has none", f"set {path}=[]")
+    if engine_of_launch(config.engine, world_size) == "deepspeed" and config.engine.zero_stage == 3:
+        rule = "needs all weights on one process, and engine.zero_stage = 3 divides them"
+        yield problem(path, prompts, rule, f"set {path}=[], and use python -m ngpt.generate on the checkpoints")
 
 
 @_rule("engine.name", "engine.zero_stage", "optimizer.apply", "optimizer.fisher", "optimizer.complement")

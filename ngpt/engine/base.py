@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ngpt.optim.state import StatePart
 
@@ -40,6 +40,7 @@ class Engine(Protocol):
     """Holds the model and the optimizer of one rank."""
 
     device: torch.device
+    model: nn.Module  # with all its weights on every rank, except at stage 3 of ZeRO
 
     def watch_refreshes(self) -> None:
         """From here on remember how far each refresh turned its basis, for the statistics of later updates."""
@@ -94,8 +95,10 @@ class Engine(Protocol):
         """
         ...
 
-    def load_weights(self, read: Callable[[str], Tensor], names: Sequence[str]) -> None:
-        """Fill the parameters, of which `read` gives one whole tensor at a time.
+    def load_weights(
+        self, read: Callable[[str], Tensor], names: Sequence[str], *, may_miss: Callable[[str], bool] = lambda name: False
+    ) -> None:
+        """Fill the parameters, of which `read` gives one whole tensor at a time. Those that `may_miss` in `names` stay as they are.
 
         Raises ValueError naming what is missing in `names`, unknown or of another shape; some weights may have been filled by then.
         """

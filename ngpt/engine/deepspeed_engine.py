@@ -105,9 +105,11 @@ class ZeroEngine(UpdateCycle):
         parts = self._ranks.exchange([own, *[own[:0]] * (size - 1)], lengths)
         return torch.cat(parts).view(shape) if is_first else own[:0]
 
-    def load_weights(self, read: Callable[[str], Tensor], names: Sequence[str]) -> None:
+    def load_weights(
+        self, read: Callable[[str], Tensor], names: Sequence[str], *, may_miss: Callable[[str], bool] = lambda name: False
+    ) -> None:
         with self._engine.optimizer.partitioned():
-            super().load_weights(read, names)
+            super().load_weights(read, names, may_miss=may_miss)
 
     def _shape(self, parameter: Tensor) -> torch.Size:
         return self._sharding.shape(parameter)

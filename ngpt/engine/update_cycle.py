@@ -148,9 +148,11 @@ class UpdateCycle:
             yield name, parameter.detach()
 
     @torch.no_grad()
-    def load_weights(self, read: Callable[[str], Tensor], names: Sequence[str]) -> None:
+    def load_weights(
+        self, read: Callable[[str], Tensor], names: Sequence[str], *, may_miss: Callable[[str], bool] = lambda name: False
+    ) -> None:
         own = dict(self.model.named_parameters())
-        problems = [f"missing: {name}" for name in own if name not in names]
+        problems = [f"missing: {name}" for name in own if name not in names and not may_miss(name)]
         problems += [f"unknown: {name}" for name in names if name not in own]
         for name, parameter in own.items():
             if name not in names:

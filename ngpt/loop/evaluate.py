@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ngpt.data.batch import Batch
 from ngpt.dist.collectives import Collectives
-from ngpt.engine.base import Engine
+
+
+class Evaluates(Protocol):
+    """What is evaluated: the part of an engine that this needs."""
+
+    device: torch.device
+
+    def evaluate(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Sum of token losses of one batch, an fp32 scalar."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ def perplexity(loss: float) -> float:
 
 
 def evaluate(
-    engine: Engine,
+    engine: Evaluates,
     batches: Sequence[Batch],
     token_bytes: Tensor | None,
     collectives: Collectives,

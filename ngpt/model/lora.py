@@ -69,6 +69,11 @@ def add_adapters(model: LlamaForCausalLM, *, rank: int, alpha: float) -> None:
         setattr(parent, name, LoRALinear(linear, rank=rank, alpha=alpha))
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is a part of an adapter."""
+    return name.endswith((_A, _B))
+
+
 def adapters(model: nn.Module) -> list[tuple[str, Adapter]]:
     """The adapted matrices by their modules' names, in the order of the model."""
     return [

@@ -9,7 +9,7 @@ import os
 import secrets
 import shlex
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class JsonlSink:
         self._waiting, self._sent = [line for line in self._waiting if _step(line) <= step], 0
         self._file = self._path.open("a", encoding="utf-8")
 
-    def write(self, record: Record) -> None:
+    def write(self, record: Mapping[str, Any]) -> None:
         """Append one record; it is in the file, though not yet forced to disk, when this returns without a warning."""
         self._waiting.append(f"{json.dumps(record, allow_nan=False)}\n".encode())
         try:
