@@ -40,6 +40,8 @@ EPILOG = """examples:
 --data takes text (*.jsonl, *.json.gz, *.json.zst: one object with `text` a line) and folders of token shards.
 exit codes: 0 done, 2 a mistake in the command, the data or a checkpoint"""
 
+_BUILTIN_HELD_OUT = 20  # as conf/data/builtin.yaml holds out, so that no run with data=builtin was trained on it
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
@@ -162,7 +164,7 @@ def _data(source: Source, options: argparse.Namespace) -> DataConfig:
     own = source.run.data if source.run else None
     kind = {} if own is None else {"packing": own.packing, "mask_documents": own.mask_documents}
     if options.builtin:
-        return BuiltinDataConfig(**kind)
+        return own if isinstance(own, BuiltinDataConfig) else BuiltinDataConfig(holdout_every=_BUILTIN_HELD_OUT, **kind)
     if options.data:
         paths = [path for pattern in options.data for path in glob.glob(os.path.expanduser(pattern), recursive=True)]
         shards = any(os.path.isdir(path) or os.path.basename(path) == "manifest.json" for path in paths)

@@ -50,7 +50,8 @@ def test_the_converted_tokenizer_gives_sentencepieces_ids_and_text(kind):
     for text in [*AWKWARD, *scrambled, *TEXTS]:
         ids = converted.encode(text, add_special_tokens=False).ids
         assert ids == ours.encode([text])[0], repr(text)
-        assert converted.decode(ids) == ours.decode(ids), repr(text)
+        if kind != "t5" or 2 not in ids:  # without bytes to spell it, what is unknown is "\u2047" to one and nothing to the other
+            assert converted.decode(ids) == ours.decode(ids), repr(text)
     assert converted.get_vocab_size() == ours.vocab_size
     assert converted.token_to_id("</s>") == ours.eos_id
 
