@@ -1,11 +1,13 @@
 """A SentencePiece model as the tokenizer files of a Hugging Face folder: the same ids, from the `tokenizers` library.
 
 What SentencePiece does to a text is spelt out in tokenizer.json: its table of characters, spaces at the ends and in a row, the
-space before the first word, and user-defined pieces, which the table must not touch. Three things differ between the libraries. Sums
-of scores are kept in fp32 by SentencePiece and in fp64 by `tokenizers`: of two ways to cut a word that cost the same to seven digits
-they may take different ones. And `tokenizers` looks up a letter together with the marks that follow it, SentencePiece whatever is
-longest: marks behind letters that the table replaces (half-width katakana, ligatures, fractions) can come out otherwise. Text that spells the
-name of a piece, such as </s>, is that piece to Hugging Face's tokenizers and text to SentencePiece.
+space before the first word, and user-defined pieces, which the table must not touch. Three things differ between the libraries:
+
+- Sums of scores are kept in fp32 by SentencePiece and in fp64 by `tokenizers`: of two ways to cut a word that cost the same to seven
+  digits they may take different ones.
+- `tokenizers` looks up a letter together with the marks that follow it, SentencePiece whatever is longest: marks behind letters
+  that the table replaces (half-width katakana, ligatures, fractions) can come out otherwise.
+- Text that spells the name of a piece, such as </s>, is that piece to Hugging Face's tokenizers, and text to SentencePiece.
 """
 
 from __future__ import annotations
