@@ -26,7 +26,7 @@ from ngpt.dist.collectives import Collectives
 from ngpt.dist.ranks import Ranks
 from ngpt.loop.evaluate import EvalResult, evaluate
 from ngpt.model.llama import LlamaForCausalLM
-from ngpt.source_command import Parser, device_of, dtype_of, exit_code_of, positive
+from ngpt.source_command import DTYPES, Parser, device_of, dtype_of, exit_code_of, positive
 from ngpt.telemetry.metrics import eval_record
 from ngpt.trained import Source, Trained, checkpoints_of, find_source
 
@@ -116,7 +116,7 @@ def _perplexity(options: argparse.Namespace, folders: list[Path]) -> dict[str, A
         source = find_source(folder)
         if batches is None:
             batches = read_batches(source, options)
-            dtype = options.dtype or str(source.dtype).removeprefix("torch.")
+            dtype = options.dtype or next((name for name, kind in DTYPES.items() if kind is source.dtype), str(source.dtype))
             _say(f"{source.name} on {_name_of_data(options, source)}, {dtype} on {device.type}")
             _say(f"{'step':>9}  {'loss':>8}  {'perplexity':>10}  {'bits/byte':>9}  {'tokens':>11}  {'seconds':>7}")
         started = time.perf_counter()
