@@ -188,6 +188,18 @@ def test_a_run_stopped_by_sigterm_continues_exactly(tmp_path, uninterrupted, sto
     assert_same_weights(stopped, straight)
 
 
+@pytest.mark.parametrize("stopped_at", [3, 4])
+@pytest.mark.parametrize("overrides", [["optimizer=galore", *LOW_RANK], HISTORY, DIAGONAL, ADAPTIVE, RELORA], ids=lambda given: given[-1])
+def test_a_run_stopped_before_a_refresh_or_at_an_evaluation_continues_exactly(tmp_path, uninterrupted, stop_after, overrides, stopped_at):
+    """New subspaces in updates 1, 4 and 7, merges after 3 and 6, evaluations after 4 and 8."""
+    stop_after(stopped_at)
+    assert run_in(tmp_path, *overrides) == 75
+    stop_after(0)
+    assert run_in(tmp_path, *overrides) == 0
+    assert trajectory(tmp_path) == trajectory(uninterrupted(overrides))
+    assert_same_weights(tmp_path, uninterrupted(overrides))
+
+
 def test_a_killed_run_goes_back_to_its_checkpoint_and_no_record_comes_twice(tmp_path, monkeypatch):
     """A run dies after its last checkpoint | goes on from there; no record comes twice"""
     straight, killed = tmp_path / "straight", tmp_path / "killed"

@@ -270,11 +270,11 @@ def test_deepspeeds_own_measurements_run_with_our_updates(on_ranks):
 
 
 # ----------------------------------------------------------------------------------------------------- weights and state
-def save_and_continue(stage: int, other_stage: int, dtype: str) -> tuple[bool, bool]:
+def save_and_continue(stage: int, other_stage: int, dtype: str, optimizer: str) -> tuple[bool, bool]:
     """Whether weights come back with the same bits, and whether an engine that got weights and state goes on alike."""
     ranks = Collectives()
     place = {"rank": ranks.rank, "size": ranks.size}
-    with zero_engine(stage, dtype=dtype) as engine:
+    with zero_engine(stage, dtype=dtype, optimizer=optimizer) as engine:
         train(engine, range(2), **place)
         saved = whole_weights(engine)
         state = {name: part.values.clone() for name, part in engine.optimizer_parts().items()}
@@ -283,7 +283,9 @@ def save_and_continue(stage: int, other_stage: int, dtype: str) -> tuple[bool, b
         if ranks.rank:
             saved[name] = torch.empty(dict(engine.weight_layout())[name][1], dtype=weight.dtype)
         ranks.broadcast_(saved[name])
-    with zero_engine(other_stage, dtype=dtype, options={}) as other:  # at stage 3 copies of these small weights stay gathered
+    with zero_engine(
+        other_stage, dtype=dtype, optimizer=optimizer, options={}
+    ) as other:  # at stage 3 copies of these small weights stay gathered
         train(other, range(1), **place)
         other.load_weights(saved.__getitem__, list(saved))
         after = whole_weights(other)
@@ -296,21 +298,24 @@ def save_and_continue(stage: int, other_stage: int, dtype: str) -> tuple[bool, b
 
 
 @pytest.mark.parametrize(
-    ("ranks", "stage", "other_stage", "dtype"),
+    ("ranks", "stage", "other_stage", "dtype", "optimizer"),
     [
-        (2, 0, 0, "fp32"),
-        (2, 1, 1, "bf16"),
-        (2, 2, 2, "fp32"),
-        (2, 3, 3, "fp32"),
-        (2, 3, 3, "bf16"),
-        (2, 1, 3, "fp32"),
-        (2, 3, 1, "bf16"),
-        (1, 3, 3, "bf16"),
-        (1, 3, 0, "fp32"),
+        (2, 0, 0, "fp32", "adamw"),
+        (2, 0, 0, "bf16", "history"),
+        (2, 1, 1, "bf16", "adamw"),
+        (2, 1, 1, "fp32", "diagonal"),
+        (2, 2, 2, "fp32", "adamw"),
+        (2, 2, 2, "bf16", "diagonal"),
+        (2, 3, 3, "fp32", "history"),
+        (2, 3, 3, "bf16", "diagonal"),
+        (2, 1, 3, "fp32", "adamw"),
+        (2, 3, 1, "bf16", "adamw"),
+        (1, 3, 3, "bf16", "adamw"),
+        (1, 3, 0, "fp32", "adamw"),
     ],
 )
-def test_weights_and_state_that_were_read_go_on_as_before(on_ranks, ranks, stage, other_stage, dtype):
-    assert on_ranks(ranks, save_and_continue, stage, other_stage, dtype) == [(True, True)] * ranks
+def test_weights_and_state_that_were_read_go_on_as_before(on_ranks, ranks, stage, other_stage, dtype, optimizer):
+    assert on_ranks(ranks, save_and_continue, stage, other_stage, dtype, optimizer) == [(True, True)] * ranks
 
 
 def load_misfits(stage: int) -> str:
