@@ -29,8 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         to = options.to or (runs[0].folder / "report" if len(runs) == 1 else Path("report"))
         title = options.title or _title_of(runs)
         page = write_report(runs, to, title=title)
-    except (ReportError, OSError) as error:
+    except ReportError as error:
         sys.stderr.write(f"{error}\n")
+        return EXIT_USER_ERROR
+    except OSError as error:
+        sys.stderr.write(f"the report cannot be written ({error}); --to DIR names another place\n")
         return EXIT_USER_ERROR
     for run in runs:
         for note in run.notes:

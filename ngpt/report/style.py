@@ -43,7 +43,9 @@ summary { cursor: pointer; }
 .scroll { overflow-x: auto; margin: .6rem 0; }
 table { border-collapse: separate; border-spacing: 0; font-size: .92rem; font-variant-numeric: tabular-nums; }
 details table { font-size: 1em; }
-th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top; }
+th, td { padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top; }
+tbody tr > * { border-top: 1px solid var(--rule); }
+tbody tr:last-child > * { border-bottom: 1px solid var(--rule); }
 thead th { vertical-align: bottom; font-weight: 600; color: var(--quiet); }
 tbody th { font-weight: 500; min-width: 6.5rem; max-width: 22rem; }
 tr > th:first-child { position: sticky; left: 0; background: var(--paper); }
@@ -51,7 +53,7 @@ figure tr > th:first-child { background: var(--card); }
 .numbers td, .numbers thead th + th { text-align: right; padding: .3rem 0 .3rem 1.1rem; }
 .numbers thead th + th { min-width: 6rem; }
 .numbers td { white-space: nowrap; }
-.words thead th + th { max-width: 14rem; }
+.words thead th + th { min-width: 9rem; max-width: 14rem; }
 .words td { min-width: 4rem; max-width: 46rem; }
 .best { font-weight: 700; }
 .picture { display: block; width: 100%; height: auto; overflow: visible; }

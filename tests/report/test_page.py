@@ -345,10 +345,19 @@ def test_the_command_writes_several_runs_to_one_place(
     assert main(["runs"]) == 0  # the report itself is no run
 
 
-@pytest.mark.parametrize(("arguments", "said"), [(["nowhere"], "nowhere: no such folder"), (["."], "no run in it")])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere"], "nowhere: no such folder"),
+        (["empty"], "no run in it"),
+        (["a", "--to", "a/metrics.jsonl"], "the report cannot be written"),
+    ],
+)
 def test_mistakes_are_one_line_and_exit_2(
-    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], said: str, write_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    write_run("a", [])
+    (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     error = capsys.readouterr().err
