@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -53,7 +54,7 @@ class Arm:
         """Unique among all arms, and part of a folder's name."""
         return f"{self.column}-{self.name}" if self.column else self.name
 
-    @property
+    @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """All settings by their paths, without secrets and without those that the comparison makes."""
         flat = dict(_flatten("", redact_settings(dataclasses.asdict(self.config))))

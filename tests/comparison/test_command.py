@@ -101,7 +101,7 @@ def test_a_run_that_was_told_to_stop_by_others_stops_the_comparison(comparison):
 def test_a_comparison_that_is_killed_outright_finds_its_run_again(comparison, capsys):
     comparison.plan(a_seed0={"waits": True})
     with comparison.popen() as process:
-        while not Path("starts.txt").exists():
+        while process.poll() is None and not Path("starts.txt").exists():
             time.sleep(0.02)
         process.kill()
     threading.Timer(0.5, Path("go").touch).start()
@@ -113,7 +113,7 @@ def test_a_comparison_that_is_killed_outright_finds_its_run_again(comparison, ca
 def test_two_comparisons_do_not_share_a_folder(comparison, capsys):
     comparison.plan(a_seed0={"waits": True})
     with comparison.popen() as process:
-        while not Path("starts.txt").exists():
+        while process.poll() is None and not Path("starts.txt").exists():
             time.sleep(0.02)
         assert comparison() == 2
         assert "already" in capsys.readouterr().err
