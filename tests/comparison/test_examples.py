@@ -40,6 +40,8 @@ def test_a_printed_command_is_accepted(line: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_page_gives_the_widths_of_small_samples() -> None:
-    said = re.search(r"two seeds the interval is ([\d.]+) standard errors wide on each side, with three ([\d.]+), with five (\d+\.\d)", PAGE)
+    said = re.search(
+        r"two seeds the interval is ([\d.]+) standard errors wide on each side, with three ([\d.]+), with five (\d+\.\d)", PAGE
+    )
     assert said is not None
     assert [float(width) for width in said.groups()] == [round(t_quantile(0.95, seeds - 1), 1) for seeds in (2, 3, 5)]
