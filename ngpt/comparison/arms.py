@@ -56,9 +56,9 @@ class Arm:
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """All settings by their paths, without secrets and without those that the comparison makes."""
+        """All settings that bear on what a run comes to, by their paths, without secrets and without those that the comparison makes."""
         flat = dict(_flatten("", redact_settings(dataclasses.asdict(self.config))))
-        return {path: value for path, value in flat.items() if path not in _OURS and not path.startswith("logger.")}
+        return {path: value for path, value in flat.items() if path not in _OURS and not path.startswith(("logger.", "checkpoint."))}
 
 
 @dataclasses.dataclass(frozen=True)

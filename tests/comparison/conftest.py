@@ -37,6 +37,12 @@ if asked.get("interrupts") and first:  # its parent is told to stop, and it save
     signal.signal(signal.SIGTERM, lambda *_: end(75))
     os.kill(os.getppid(), getattr(signal, asked["interrupts"]))
     time.sleep(60)
+if asked.get("stubborn"):  # it does not listen, and its parent is told twice
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for _ in range(2):
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(0.5)
+    time.sleep(60)
 while asked.get("waits") and not pathlib.Path("go").exists():
     time.sleep(0.02)
 if "fails" in asked:

@@ -92,6 +92,15 @@ def test_a_signal_is_passed_on_so_that_the_run_saves_and_the_same_command_goes_o
     assert comparison.runs["b-seed0"]["starts"] == 2
 
 
+def test_a_second_signal_ends_a_run_that_does_not_listen(comparison, capsys):
+    comparison.plan(a_seed0={"stubborn": True})
+    assert comparison() == 130
+    assert comparison.starts == ["a-seed0"]
+    run = comparison.runs["a-seed0"]
+    assert (run["status"], run["exit_code"]) == ("stopped", -signal.SIGKILL)
+    assert run["seconds"] < 30
+
+
 def test_a_run_that_was_told_to_stop_by_others_stops_the_comparison(comparison):
     comparison.plan(a_seed0={"fails": 75})
     assert comparison() == 75
@@ -174,6 +183,7 @@ def test_an_arm_cannot_change_its_settings_within_a_folder(comparison, capsys):
     assert comparison() == 0
     assert comparison("--arm", "a", "optimizer.lr=0.001", "--arm", "b", "optimizer.lr=0.5") == 2
     assert "--arm = b: out has runs of this name with optimizer.lr = 0.002; give the arm another name" in capsys.readouterr().err
+    assert comparison("--arm", "a", "optimizer.lr=0.001", "checkpoint.keep=1", "--arm", "b", "optimizer.lr=0.002") == 0
     assert comparison.starts == ["a-seed0", "b-seed0"]
 
 
