@@ -311,7 +311,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     options.last_steps = 100
     if options.quick:
         options.ranks, options.minutes, options.between, options.data = 1, 0.2, (0.2, 1.0), "synthetic"
-        options.save_every, options.eval_every, options.start_seconds, options.last_steps = 10, 15, 3.0, 20
+        options.save_every, options.eval_every, options.start_seconds, options.last_steps = 10, 15, 3.0, 40
     if options.to.exists():
         parser.error(f"--to {options.to} is there already; give a new folder, so that nothing of another soak is counted")
     options.to = options.to.resolve()
