@@ -142,7 +142,7 @@ class Soak:
     def look(self, moment: str, action: str, codes: tuple[int, ...], before: int, reached: int) -> None:
         """What must hold after every single interruption."""
         options, now = self.options, self.newest_step()
-        self.problems += checks.checkpoint_problems(self.interrupted / NAME / "checkpoints", keep=KEEP)
+        self.problems += checks.checkpoint_problems(self.interrupted / NAME / "checkpoints", keep=KEEP, killed=True)
         if now < before:
             self.problems.append(f"{action} ({moment}): the newest checkpoint was step {before} and is step {now}")
         stopped_politely = action.startswith("SIGTERM") and moment != "start"
@@ -232,7 +232,7 @@ class Soak:
                 run / "metrics.jsonl", other / "metrics.jsonl", steps=self.steps, every=every, evaluated_every=evaluated_every
             ),
             "memory does not grow": [problem for of_rank in [*memory, *straight_memory] for problem in of_rank.problems()],
-            "checkpoints verify, and no more than are kept": checks.checkpoint_problems(run / "checkpoints", keep=KEEP - 1),
+            "checkpoints verify, and no more than are kept": checks.checkpoint_problems(run / "checkpoints", keep=KEEP, killed=False),
             "nothing left behind": [
                 *checks.rubbish(run, other, self.options.ranks),
                 *checks.rubbish(self.interrupted / "tmp", self.straight / "tmp", self.options.ranks),

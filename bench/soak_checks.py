@@ -203,11 +203,11 @@ def memory_of(starts: Sequence[Start]) -> list[Memory]:
 
 
 # -------------------------------------------------------------------------------------------------------------------- files
-def checkpoint_problems(folder: Path, *, keep: int) -> list[str]:
+def checkpoint_problems(folder: Path, *, keep: int, killed: bool) -> list[str]:
     """Whether all checkpoints that call themselves complete are what was saved, and there are no more of them than there should be."""
     complete = [checkpoint for checkpoint in step_folders(folder) if (checkpoint / ".complete").exists()]
     found = [problem for checkpoint in complete for problem in problems(checkpoint)]
-    if len(complete) > keep + 1:  # a kill may come between a publication and the removal of the oldest
+    if len(complete) > keep + killed:  # a kill may come between a publication and the removal of the oldest
         found.append(f"{folder}: {len(complete)} checkpoints, though {keep} are kept")
     return found
 
