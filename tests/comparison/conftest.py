@@ -37,6 +37,11 @@ if asked.get("interrupts") and first:  # its parent is told to stop, and it save
     signal.signal(signal.SIGTERM, lambda *_: end(75))
     os.kill(os.getppid(), getattr(signal, asked["interrupts"]))
     time.sleep(60)
+if asked.get("listens") and first:  # a Ctrl-C that reaches it by itself would be one too many
+    signal.signal(signal.SIGTERM, lambda *_: end(75))
+    signal.signal(signal.SIGINT, lambda *_: end(99))
+    pathlib.Path("up").touch()
+    time.sleep(60)
 if asked.get("stubborn"):  # it does not listen, and its parent is told twice
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     for _ in range(2):
@@ -96,7 +101,7 @@ class Comparison:
 
     def popen(self, *arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "ngpt.compare", *self.arguments(*arguments)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
 @functools.lru_cache

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
+
+from ngpt.comparison import process as process_module
 
 ALL = ["a-seed0", "b-seed0", "a-seed1", "b-seed1"]
 
@@ -92,6 +94,17 @@ def test_a_signal_is_passed_on_so_that_the_run_saves_and_the_same_command_goes_o
     assert comparison.runs["b-seed0"]["starts"] == 2
 
 
+def test_ctrl_c_in_a_terminal_reaches_the_run_once(comparison):
+    comparison.plan(a_seed0={"listens": True})
+    with comparison.popen() as process:
+        while process.poll() is None and not Path("up").exists():
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of the session's foreground
+        process.communicate()
+    assert process.returncode == 130
+    assert comparison.runs["a-seed0"]["exit_code"] == 75
+
+
 def test_a_second_signal_ends_a_run_that_does_not_listen(comparison, capsys):
     comparison.plan(a_seed0={"stubborn": True})
     assert comparison() == 130
@@ -107,13 +120,18 @@ def test_a_run_that_was_told_to_stop_by_others_stops_the_comparison(comparison):
     assert comparison.starts == ["a-seed0"]
 
 
-def test_a_comparison_that_is_killed_outright_finds_its_run_again(comparison, capsys):
+def test_a_comparison_that_is_killed_outright_finds_its_run_again(comparison, capsys, monkeypatch):
+    def look(overrides: list[str], left_behind=process_module.left_behind):
+        found = left_behind(overrides)
+        Path("go").touch()
+        return found
+
     comparison.plan(a_seed0={"waits": True})
     with comparison.popen() as process:
         while process.poll() is None and not Path("starts.txt").exists():
             time.sleep(0.02)
         process.kill()
-    threading.Timer(0.5, Path("go").touch).start()
+    monkeypatch.setattr(process_module, "left_behind", look)
     assert comparison() == 0
     assert comparison.starts == ["a-seed0", "b-seed0"], "the run that outlived its comparison is not started a second time"
     assert re.search(r"process \d+ still trains it, left by a comparison that was killed", capsys.readouterr().out)
