@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import threading
+import time
 
 import pytest
 import torch.distributed as dist
@@ -84,6 +86,22 @@ def test_silence_beyond_the_timeout_ends_ranks_that_are_in_no_collective(begin):
     lost.close()
     watch._thread.join(timeout=5)
     assert ended == [4]
+
+
+def test_ranks_whose_launcher_has_died_stop_as_if_told_to(begin, monkeypatch, seen):
+    """kill -9 of the launcher, which leaves its ranks behind | each gets the SIGTERM that the launcher would have sent, and so saves"""
+    told: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    try:
+        begin(0, 2)
+        monkeypatch.setattr("ngpt.dist.watch._launcher", lambda: (1,))
+        deadline = time.monotonic() + 10
+        while not told and time.monotonic() < deadline:
+            time.sleep(0.02)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told == [signal.SIGTERM]
+    seen(f"{signal.Signals(told[0]).name} to this rank")
 
 
 def test_no_thread_is_left_behind(begin):
