@@ -84,17 +84,18 @@ def left() -> type[Left]:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> SimpleNamespace:
-    """`run(*overrides, folder=...)` trains in this process; `records`, `weights` and `log` read what it left."""
+    """`run(*overrides, folder=...)` trains in this process as `settings` say; `records`, `weights` and `log` read what it left."""
+    settings = [*TINY]  # for a test to change
 
     def run(*overrides: str, folder: Path = tmp_path) -> int:
-        return train(compose_run([*TINY, f"run.dir={folder}", *overrides]), [*TINY, *overrides])
+        return train(compose_run([*settings, f"run.dir={folder}", *overrides]), [*settings, *overrides])
 
     return SimpleNamespace(
         run=run,
         records=lambda folder=tmp_path: Left(folder).records(),
         weights=lambda step, folder=tmp_path: Left(folder).weights(step),
         log=lambda folder=tmp_path: Left(folder).log(),
-        settings=TINY,
+        settings=settings,
         folder=tmp_path / "tiny",
     )
 

@@ -123,8 +123,21 @@ def tiny_losses(tiny, folder):
     return [row["train/loss"] for row in tiny.records(folder)]
 
 
+@pytest.mark.parametrize("wild", [math.nan, math.inf])
+def test_losses_that_are_not_finite_do_not_blind_the_window(wild, seen):
+    """NaN or infinity among the losses that a spike is told by, once or most of the time | the next spike is told all the same"""
+    rule, with_wild, without = SpikeRule(window=16, deviations=6, drop=True), [], []
+    for number in range(16):
+        rule.remember(without, 3 + 0.01 * number)
+        rule.remember(with_wild, 3 + 0.01 * number)
+        for _ in range(number % 4):
+            rule.remember(with_wild, wild)
+    assert rule.limit(with_wild) == rule.limit(without)
+    seen(f"limit {rule.limit(with_wild):.3f} after losses of 3 to 3.15")
+
+
 def test_one_nan_does_not_blind_the_window():
-    """A NaN among the losses that a spike is told by | the next spike is told all the same"""
+    """A NaN among the losses that a spike is told by | the next spike is told all the same; a level that stays is none"""
     rule, losses = SpikeRule(window=16, deviations=6, drop=True), []
     generator = random.Random(0)
     for number in range(16):
