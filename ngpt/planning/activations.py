@@ -63,7 +63,7 @@ def activations_of(config: RunConfig, *, bytes_per_weight: int, on_gpu: bool) ->
         recomputed=tuple(kept - (norm_input if on_gpu or w == FP32 else 0) if again else 0 for again in checkpointed),
         shared=_shared(config),
         output=norm_input + 2 * stream + tokens * FP32,
-        logits=_logits(config, w),
+        logits=_logits(config, w, on_gpu=on_gpu),
         hidden_gradient=stream,
         # On the CPU a norm's backward is made of plain operations in fp32, six arrays of them at one time.
         norm_backward=4 * stream if on_gpu else 6 * tokens * FP32 * hidden + stream,
@@ -102,12 +102,16 @@ def _shared(config: RunConfig) -> int:
     return (3 if masked else 2) * tokens * INT64 + tables + mask
 
 
-def _logits(config: RunConfig, w: int) -> int:
-    """The most beside the gradients of hidden states and head: two chunks of logits in fp32, or one and what is added to the head's sum."""
+def _logits(config: RunConfig, w: int, *, on_gpu: bool) -> int:
+    """The most beside the gradients of hidden states and head: two chunks of logits in fp32, or one and what is added to the head's sum.
+
+    The CPU widens a narrow product as a whole before it adds it to an fp32 sum.
+    """
     model, trainer = config.model, config.trainer
     positions = trainer.micro_batch_size * trainer.seq_len
     chunk = min(positions, trainer.loss_chunk_tokens) * model.vocab_size
-    product = model.vocab_size * model.hidden_size * w if positions > trainer.loss_chunk_tokens and w < FP32 else 0
+    of_product = 0 if positions <= trainer.loss_chunk_tokens or w == FP32 else w if on_gpu else w + FP32
+    product = model.vocab_size * model.hidden_size * of_product
     return max(2 * FP32 * chunk, w * chunk + product)
 
 

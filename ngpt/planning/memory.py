@@ -7,7 +7,7 @@ device's context, the libraries' workspaces and what an allocator leaves unused 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,7 @@ def setup_of(config: RunConfig, ranks: int) -> Setup:
 class _Walk:
     def __init__(self, config: RunConfig, ranks: int, on_gpu: bool) -> None:
         self._config, self._on_gpu = config, on_gpu
+        self._known: dict[tuple[Any, ...], Any] = {}
         self._setup = setup_of(config, ranks)
         self._zero = engine_of_launch(config.engine, ranks) == "deepspeed"
         self._arithmetic = Arithmetic(self._setup.dtype, on_gpu, guarded=self._setup.immediate)
@@ -94,7 +95,7 @@ class _Walk:
         state = dict.fromkeys(STATE_KINDS, 0)
         for parameter in self._parameters:
             if parameter.settings is not None:
-                sizes = state_bytes_on_rank(parameter.shape, parameter.settings, self._setup)
+                sizes = self._once(_state_bytes, parameter, self._setup)
                 away = self._config.engine.offload_optimizer and self._on_gpu
                 divided = sharded_state_bytes(parameter.shape, parameter.settings, self._setup) if away else 0
                 for kind in STATE_KINDS:
@@ -177,9 +178,9 @@ class _Walk:
         sizes = {} if self._wire is None else {"between ranks": self._wire.in_backward(_shapes(trained))}
         if not treated or (self._config.optimizer.apply == "whole" and not self._zero):
             return sizes
-        each = [reduce_bytes(parameter, self._arithmetic, first=first) for parameter in trained]
+        each = [self._once(reduce_bytes, parameter, self._arithmetic, first=first) for parameter in trained]
         if self._setup.immediate:
-            each += [self._applied_together(trained)] if self._zero else [apply_bytes(p, self._arithmetic) for p in trained]
+            each += [self._applied_together(trained)] if self._zero else [self._once(apply_bytes, p, self._arithmetic) for p in trained]
         return sizes | {"temporaries": max(each, default=0)}
 
     def _update(self) -> Iterator[Moment]:
@@ -194,15 +195,15 @@ class _Walk:
                 gradients -= self._kept[name]
             return
         if self._config.optimizer.apply == "whole":
-            largest = max(max(reduce_bytes(p, self._arithmetic), apply_bytes(p, self._arithmetic)) for p in trained)
+            largest = max(max(self._once(reduce_bytes, p, self._arithmetic), self._once(apply_bytes, p, self._arithmetic)) for p in trained)
             together = together_bytes(trained, self._arithmetic)
             yield self._moment("the update", gradients=gradients, temporaries=max(largest, together))
             return
         for parameter in reversed(trained):
-            yield self._moment(f"update of {parameter.name}", gradients=gradients, temporaries=apply_bytes(parameter, self._arithmetic))
-            gradients -= kept_gradient_bytes(
-                parameter, self._arithmetic, apply=self._config.optimizer.apply, micro_batches=self._setup.micro_batches
+            yield self._moment(
+                f"update of {parameter.name}", gradients=gradients, temporaries=self._once(apply_bytes, parameter, self._arithmetic)
             )
+            gradients -= self._gradients_of([parameter])
 
     # --------------------------------------------------------------------------------------------------------- its terms
     def _moment(self, name: str, **sizes: int) -> Moment:
@@ -210,6 +211,13 @@ class _Walk:
         if self._setup.stage == 3:
             named["between ranks"] += gathered_weight_bytes(self._config, self._parameters, self._setup)
         return Moment(name, {kind: size for kind, size in named.items() if kind not in ("weights", "optimizer state")})
+
+    def _once(self, compute: Callable[..., Any], parameter: Parameter, *args: Any, **options: Any) -> Any:
+        """The result of a function of a parameter's shape and settings, which many have in common."""
+        key = (compute, parameter.shape, id(parameter.settings), *options.items())
+        if key not in self._known:
+            self._known[key] = compute(parameter, *args, **options)
+        return self._known[key]
 
     def _members(self, layer: str) -> list[Parameter]:
         return self._layers.get(layer, [])
@@ -227,7 +235,7 @@ class _Walk:
             layer = _shapes(members)
             return 0 if self._setup.immediate or not layer else gradient_bytes(layer, self._setup)
         how = {"apply": self._config.optimizer.apply, "micro_batches": self._setup.micro_batches}
-        return sum(kept_gradient_bytes(parameter, self._arithmetic, **how) for parameter in members)
+        return sum(self._once(kept_gradient_bytes, parameter, self._arithmetic, **how) for parameter in members)
 
     def _norm_bytes(self, trained: list[Parameter]) -> int:
         """The CPU widens a narrow gradient as a whole before it takes its norm."""
@@ -243,8 +251,13 @@ class _Walk:
     def _applied_together(self, members: list[Parameter]) -> int:
         """Under ZeRO the updates of a layer run side by side, each on the part that is here."""
         assert self._wire is not None
-        each = [apply_bytes(parameter, self._arithmetic) for parameter in members if parameter.settings is not None]
+        each = [self._once(apply_bytes, parameter, self._arithmetic) for parameter in members if parameter.settings is not None]
         return sum(each) // self._setup.parts + self._wire.in_update(_shapes(members))
+
+
+def _state_bytes(parameter: Parameter, setup: Setup) -> dict[str, int]:
+    assert parameter.settings is not None
+    return state_bytes_on_rank(parameter.shape, parameter.settings, setup)
 
 
 def _shapes(members: list[Parameter]) -> list[tuple[tuple[int, ...], dict[str, Any]]]:

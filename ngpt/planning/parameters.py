@@ -45,6 +45,8 @@ def parameters_of(config: RunConfig) -> list[Parameter]:
     """Every parameter, those of each layer together, from the embedding to the head; a tied head comes once, as the embedding."""
     optimizer, model = config.optimizer, config.model
     plain = {"state_dtype": optimizer.state_dtype, "rounding": ROUNDING[config.trainer.precision]}
+    own = {field.name: getattr(optimizer, field.name) for field in dataclasses.fields(optimizer) if field.name not in _OF_ALL}
+    low = plain | {name: value for name, value in own.items() if name != "embeddings"}
     matrices = matrix_shapes(model)
     found: list[Parameter] = []
     for matrix in matrices:
@@ -55,7 +57,7 @@ def parameters_of(config: RunConfig) -> list[Parameter]:
             found.append(Parameter(f"{stem}.lora_A", (optimizer.rank, matrix.columns), plain))
             found.append(Parameter(f"{stem}.lora_B", (matrix.rows, optimizer.rank), plain))
         else:
-            found.append(Parameter(matrix.name, shape, _settings(optimizer, plain, shape, projected=matrix.projected)))
+            found.append(Parameter(matrix.name, shape, low if _is_low_rank(optimizer, shape, projected=matrix.projected) else plain))
     for layer in range(model.num_hidden_layers):
         for norm in ("input_layernorm", "post_attention_layernorm"):
             found.append(Parameter(f"model.layers.{layer}.{norm}.weight", (model.hidden_size,), plain))
@@ -84,10 +86,6 @@ def _layer_names(config: RunConfig) -> list[str]:
     return ["model.embed_tokens.weight", *blocks, "model.norm.weight", "lm_head.weight"]
 
 
-def _settings(optimizer: OptimizerConfig, plain: dict[str, Any], shape: tuple[int, int], *, projected: bool) -> dict[str, Any]:
+def _is_low_rank(optimizer: OptimizerConfig, shape: tuple[int, int], *, projected: bool) -> bool:
     """As `low_rank_groups` divides them: a matrix whose short side is not above the rank is left to AdamW."""
-    if not isinstance(optimizer, LowRankConfig) or min(shape) <= optimizer.rank or not (projected or optimizer.embeddings):
-        return plain
-    own = {field.name: getattr(optimizer, field.name) for field in dataclasses.fields(optimizer) if field.name not in _OF_ALL}
-    own.pop("embeddings")
-    return plain | own
+    return isinstance(optimizer, LowRankConfig) and min(shape) > optimizer.rank and (projected or optimizer.embeddings)

@@ -87,11 +87,11 @@ def apply_bytes(parameter: Parameter, arithmetic: Arithmetic) -> int:
     if settings["fisher"] == "diagonal":
         squares = FP32 * n + (FP32 * n if narrow else 0)
         state = max(squares + FP32 * low, FP32 * n + lifted + 5 * FP32 * low)
-        changed = FP32 * n + weight + guard + rounding
+        changed = FP32 * n + weight + guard + max(rounding, guard)
     else:
         full = FP32 * n if settings["complement"] == "fira" and narrow else 0
         state = 3 * FP32 * low + moments + history
-        changed = FP32 * low + weight + guard + max(lifted + full, rounding)
+        changed = FP32 * low + weight + guard + max(lifted + full, rounding, guard)
     found = _search_bytes(parameter, arithmetic) if keeps_full_gradient(parameter.settings) else 0
     rotated = 6 * FP32 * low if settings["on_refresh"] == "rotate" else 0
     return max(state, changed, found, rotated)
