@@ -50,16 +50,19 @@ def test_a_second_signal_ends_the_process_at_once_in_the_middle_of_a_long_step()
             hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # many minutes in which no handler of Python's runs
     """)
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        assert process.stderr
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
-        first = process.stderr.readline()
-        assert "SIGINT: finishing the step, saving, then exiting (again to exit at once, without saving)" in first
-        time.sleep(SECONDS_OF_ONE_REQUEST + 0.2)
-        assert process.poll() is None
-        asked = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 130
-        assert time.monotonic() - asked < 5
-        assert "SIGINT again: exiting at once" in process.stderr.read()
+        try:
+            assert process.stdout
+            assert process.stderr
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGINT)
+            first = process.stderr.readline()
+            assert "SIGINT: finishing the step, saving, then exiting (again to exit at once, without saving)" in first
+            time.sleep(SECONDS_OF_ONE_REQUEST + 0.2)
+            assert process.poll() is None
+            asked = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == 130
+            assert time.monotonic() - asked < 5
+            assert "SIGINT again: exiting at once" in process.stderr.read()
+        finally:
+            process.kill()
