@@ -425,7 +425,7 @@ def test_two_deterministic_runs_agree_bit_for_bit(tiny, tmp_path, monkeypatch):
 def test_a_process_that_hangs_alone_writes_its_stacks_and_ends(tmp_path, tiny, seen):
     """A step that never ends on one process, hang_seconds=10 | stacks in the run folder, exit code 4, the step and the line are named"""
     code = (
-        "import sys, time; from ngpt.engine.local import LocalEngine; from ngpt.train import main\n"
+        "import sys, time, torch._dynamo; from ngpt.engine.local import LocalEngine; from ngpt.train import main\n"
         "def stuck_here(self, inputs): time.sleep(3600)\n"
         "LocalEngine.accumulate = stuck_here\nmain()"
     )
