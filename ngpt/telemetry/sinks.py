@@ -18,9 +18,10 @@ from ngpt.telemetry.metrics import Record
 
 logger = logging.getLogger(__name__)
 
-# What a run may lose to W&B at most: for the key, for the start of its run, and at the end. Nothing is waited for in between.
+# What a run may lose to W&B at most: for the key, for the start of its run, for another process of W&B's own, and at the end.
 _LOGIN_SECONDS = 30
 _INIT_SECONDS = 60
+_RESTART_SECONDS = 10
 _FINISH_SECONDS = 60
 
 
@@ -176,7 +177,7 @@ class WandbSink:
         import wandb
 
         with contextlib.suppress(Exception):
-            _within(_INIT_SECONDS, wandb.teardown)
+            _within(_RESTART_SECONDS, wandb.teardown)
         self._start()
 
     def _fall_back(self, what: str, error: Exception) -> None:
