@@ -59,6 +59,9 @@ def test_a_real_offline_run_keeps_its_id_over_a_resume(tmp_path, monkeypatch):
     second = make_sink(tmp_path, "offline", run_id=first.state_dict()["run_id"])
     second.write({"step": 2, "tokens": 20, "train/loss": 1.0})
     second.close(exit_code=0)
+    import wandb
+
+    wandb.teardown()  # as at the exit of the process: on a busy machine the last records reach the file only then
     files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert files
     assert {path.name for path in files} == {f"run-{first.run_id}.wandb"}
