@@ -164,7 +164,7 @@ class WandbSink:
 
         mode: Any = self._mode
         settings = wandb.Settings(init_timeout=_INIT_SECONDS, silent=True, console="off", save_code=False)
-        if self._mode == "online" and hasattr(settings, "finish_timeout"):  # else the exit of the process would wait for what `finish` has given up
+        if self._mode == "online" and hasattr(settings, "finish_timeout"):  # else the process's exit waits for what `finish` gave up
             settings.finish_timeout = _FINISH_SECONDS
         self._run = wandb.init(mode=mode, settings=settings, **self._settings)
         self._run.define_metric("step")
