@@ -3,15 +3,13 @@
     python -m bench.checkpoint --gigabytes 1 --rounds 5 --folder /tmp
 
 Contents are noise of the given size: a third weights, two thirds optimizer state, in tensors of 16 MB. The ways take turns. torch.save is
-given the same tensors and forced to disk too, but hashes nothing. "No early flush" is ngpt without telling the disk to begin before a file
-is complete; "one thread" is that, and without the second thread that hashes what the first one writes. Prints medians with the lowest and
+given the same tensors and forced to disk too, but hashes nothing and removes no older checkpoint. Prints medians with the lowest and
 highest, and the ratios to torch.save in the same round, for bench/RECORDS.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import shutil
 import statistics
@@ -19,11 +17,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import torch
 
-from ngpt.checkpoint import tensor_file
 from ngpt.checkpoint.integrity import problems
 from ngpt.checkpoint.store import CheckpointStore
 from ngpt.dist.collectives import Collectives
@@ -56,11 +52,6 @@ class Workload:
         blocked = time.perf_counter() - started
         store.wait()
         return blocked, time.perf_counter() - started
-
-    def without(self, *names: str) -> tuple[float, float]:
-        """A checkpoint of ours, where sizes from which on something is done are out of reach."""
-        with mock.patch.multiple(tensor_file, **dict.fromkeys(names, math.inf)):
-            return self.ours(asynchronous=False)
 
     def of_torch(self) -> tuple[float, float]:
         """One file of torch.save."""
@@ -101,8 +92,6 @@ def main() -> None:
         work = Workload(folder, options.gigabytes)
         ways: dict[str, Callable[[], tuple[float, float]]] = {
             "ngpt": lambda: work.ours(asynchronous=False),
-            "ngpt, no early flush": lambda: work.without("FLUSHED_AT_ONCE"),
-            "ngpt, one thread": lambda: work.without("FLUSHED_AT_ONCE", "HASHED_ASIDE"),
             "ngpt, asynchronous": lambda: work.ours(asynchronous=True),
             "torch.save": work.of_torch,
             "verify": work.verified,

@@ -221,8 +221,11 @@ def rubbish(run: Path, reference: Path, ranks: int) -> list[str]:
     own, other = (
         {re.sub(r"/step-\d+(?=/|$)", "/step-N", path.relative_to(root).as_posix()) for path in root.rglob("*")} for root in (run, reference)
     )
-    return [f"{run / name} was left behind" for name in sorted(own - other - allowed) if not name.startswith("torchelastic_")] + [
-        f"{run / name} is not there, though the uninterrupted run has it" for name in sorted(other - own)
+    left, missing = (
+        sorted(name for name in names - allowed if not name.startswith("torchelastic_")) for names in (own - other, other - own)
+    )
+    return [f"{run / name} was left behind" for name in left] + [
+        f"{run / name} is not there, though the uninterrupted run has it" for name in missing
     ]
 
 

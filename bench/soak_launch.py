@@ -16,6 +16,7 @@ from pathlib import Path
 from bench.soak_rank import LONGEST_ACTIVITY
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+POLL_SECONDS = 0.05
 
 
 class Launch:
@@ -76,7 +77,9 @@ class Launch:
         number = signal.SIGKILL if what == "kill" else signal.SIGTERM
         if whom == "one":
             rank = generator.randrange(self.ranks)
-            targets, whom = [self.process_of(rank)], f"rank {rank}"
+            while (target := self.process_of(rank)) is None and not self.ended:  # torchrun has not started it yet
+                time.sleep(POLL_SECONDS)
+            targets, whom = [target], f"rank {rank}"
         elif self._torchrun:
             targets, whom = [self.processes[0].pid], "the launcher"
         else:
@@ -94,7 +97,7 @@ class Launch:
             if seconds is not None and time.monotonic() - began > seconds:
                 self.kill()
                 raise TimeoutError(f"start {self.number} did not end within {seconds} s; see {self._log.name}")
-            time.sleep(0.05)
+            time.sleep(POLL_SECONDS)
         self._log.close()
         return tuple(process.returncode for process in self.processes)
 

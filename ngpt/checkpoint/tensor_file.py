@@ -7,7 +7,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,6 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALIGNMENT = 8  # bytes: that of the widest dtype
 READ_AT_ONCE = 1 << 20  # bytes
-HASHED_ASIDE = 1 << 20  # bytes of a tensor from which on a second thread hashes it while it is written
-FLUSHED_AT_ONCE = 8 << 20  # bytes after which the disk is told to begin, so that little is left to wait for at the end
 
 
 class CheckpointError(ValueError):
@@ -61,8 +58,6 @@ def write_tensors(
     """Write a safetensors file and force it to disk, holding one of `tensors` at a time; they may come in any order.
 
     What comes in the order of the file, which is that of `layout` but for wider dtypes first, is hashed on its way; the rest is read back.
-    A tensor is hashed by another thread while it is written, and is let go only when both are done: it may change as soon as the next one
-    is asked for.
 
     Returns:
         What was written.
@@ -74,9 +69,9 @@ def write_tensors(
     """
     head, starts = _head(layout, metadata or {})
     missing = dict(layout)
-    with path.open("w+b") as file, ThreadPoolExecutor(1, thread_name_prefix="checkpoint hash") as aside:
+    with path.open("w+b") as file:
         file.write(head)
-        digest, hashed, flushed = hashlib.sha256(head), len(head), 0
+        digest, hashed = hashlib.sha256(head), len(head)
         for name, tensor in tensors:
             expected = missing.pop(name, None)
             if expected != (tensor.dtype, tensor.shape):
@@ -87,19 +82,11 @@ def write_tensors(
             content = on_cpu.reshape(-1).view(torch.uint8).numpy()
             start = len(head) + starts[name]
             file.seek(start)
-            in_order = start == hashed
-            hashing = aside.submit(digest.update, content) if in_order and content.nbytes >= HASHED_ASIDE else None
-            try:
-                file.write(content)
-            finally:
-                if hashing is not None:
-                    hashing.result()
-            if in_order and hashing is None:
+            file.write(content)
+            if start == hashed:
                 digest.update(content)
-            hashed += content.nbytes * in_order
-            if in_order and hashed - flushed >= FLUSHED_AT_ONCE:
-                flushed = _begin_to_flush(file, flushed, hashed)
-            del tensor, on_cpu, content, hashing  # before the next one is made
+                hashed += content.nbytes
+            del tensor, on_cpu, content  # before the next one is made
         if missing:
             raise ValueError(f"{path.name}: announced, but never given: {', '.join(missing)}")
         file.flush()
@@ -107,14 +94,6 @@ def write_tensors(
         size = hashed + _hash_rest(file, digest)
         os.fsync(file.fileno())
     return FileRecord(size, digest.hexdigest())
-
-
-def _begin_to_flush(file: Any, start: int, stop: int) -> int:
-    """Have the disk begin to write [start, stop) of a file, without waiting for it, where the system can be told so. Returns `stop`."""
-    file.flush()
-    if hasattr(os, "posix_fadvise"):  # Linux takes the advice that a range is not needed in memory as a reason to write it out
-        os.posix_fadvise(file.fileno(), start, stop - start, os.POSIX_FADV_DONTNEED)
-    return stop
 
 
 def record_of(path: Path) -> FileRecord:
