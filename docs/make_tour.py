@@ -81,11 +81,23 @@ QUIETLY_BEFORE = {9: "bash .ci/install.sh .venv dev"}  # after how many steps: w
 
 def run(step: Step, clone: Path) -> tuple[list[str], float]:
     """The lines that a step printed and its seconds. Raises RuntimeError where it ended otherwise than it should."""
-    environment = {**os.environ, "PATH": f"{clone / '.venv' / 'bin'}:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1", "COLUMNS": "160", "NO_COLOR": "1"}
+    environment = {
+        **os.environ,
+        "PATH": f"{clone / '.venv' / 'bin'}:{os.environ['PATH']}",
+        "PYTHONUNBUFFERED": "1",
+        "COLUMNS": "160",
+        "NO_COLOR": "1",
+    }
     environment.pop("PYTHONPATH", None)
     started = time.perf_counter()
     process = subprocess.Popen(
-        ["bash", "-c", step.command], cwd=clone, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        ["bash", "-c", step.command],
+        cwd=clone,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     assert process.stdout is not None
     lines: list[str] = []
@@ -99,7 +111,9 @@ def run(step: Step, clone: Path) -> tuple[list[str], float]:
     code, seconds = process.wait(), time.perf_counter() - started
     expected = {0} if not (step.kill_after or step.interrupt_after) else {-9} if step.kill_after else {130, -2}
     if code not in expected or waits_for:
-        raise RuntimeError(f"{step.command}\nended with {code}, not {expected}" + (f"; it never printed {waits_for!r}" if waits_for else ""))
+        raise RuntimeError(
+            f"{step.command}\nended with {code}, not {expected}" + (f"; it never printed {waits_for!r}" if waits_for else "")
+        )
     return lines, seconds
 
 
