@@ -64,9 +64,9 @@ STEPS = [
     Step("The same command goes on from the last checkpoint. This time Ctrl-C, once: it saves first.", OWN, first=5, last=5, interrupt_after="step  80/120"),
     Step("And to the end.", OWN, first=5, last=8),
     Step("Watch it: one HTML file, and a table.", "python -m ngpt.report runs/mytext --to runs/mytext/report"),
-    Step("Two optimizers: the same data, order and budget, two seeds.",
-         'python -m ngpt.compare --common "experiment=quickstart trainer.max_steps=100 eval.every_steps=0 checkpoint.every_steps=0" \\\n'
-         '    --arm galore "optimizer=galore" --arm ours "optimizer=natural_galore" --seeds 0,1 --to runs/galore-or-ours', first=8, last=16),
+    Step("Two optimizers: the same data, order and budget, three seeds.",
+         "python -m ngpt.compare experiment=quickstart trainer.max_steps=100 eval.every_steps=0 checkpoint.every_steps=0 --seeds 0,1,2 \\\n"
+         "    --to runs/galore-or-ours --arm galore optimizer=galore --arm ours optimizer=natural_galore", first=8, last=16),
     Step("Take the model elsewhere.", "python -m ngpt.export runs/quickstart --to runs/quickstart/hf"),
     Step("transformers loads it, without network (`bash .ci/install.sh .venv dev` installs it).",
          "HF_HUB_OFFLINE=1 python -c \"from transformers import AutoModelForCausalLM, AutoTokenizer; folder = 'runs/quickstart/hf'; \\\n"
@@ -76,7 +76,7 @@ STEPS = [
     Step("And so does ngpt itself.", 'python -m ngpt.generate runs/quickstart --prompt "The module provides" --max-new-tokens 40 --temperature 0.7 --seed 1'),
     Step("Its held-out loss once more, from the checkpoint.", "python -m ngpt.evaluate runs/quickstart"),
 ]  # fmt: skip
-QUIETLY_BEFORE = {9: "bash .ci/install.sh .venv dev"}  # after how many steps: what is installed beside, and told in words
+QUIETLY_BEFORE = {10: "bash .ci/install.sh .venv dev"}  # after how many steps: what is installed beside, and told in words
 
 
 def run(step: Step, clone: Path) -> tuple[list[str], float]:
