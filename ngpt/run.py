@@ -18,11 +18,11 @@ from ngpt.checkpoint import resume, store
 from ngpt.config.problems import problem
 from ngpt.config.schema import RunConfig, engine_of_launch, steps_in_run
 from ngpt.config.validate import ConfigError
-from ngpt.data.documents import DataError
+from ngpt.data.documents import DataError, DataUnavailable
 from ngpt.data.train_loader import merge_states, position_of
 from ngpt.data.unigram import unigram_perplexity
 from ngpt.dist.activity import Activity
-from ngpt.dist.exit_codes import EXIT_DIVERGED, EXIT_PEER_LOST, EXIT_USER_ERROR
+from ngpt.dist.exit_codes import EXIT_DIVERGED, EXIT_PEER_LOST, EXIT_UNAVAILABLE, EXIT_USER_ERROR
 from ngpt.dist.folder_lock import FolderInUse, only_run_in
 from ngpt.dist.process_group import choose_device, deterministic_algorithms, process_group, random_state, set_random_state
 from ngpt.dist.ranks import LaunchError, ranks_from_environment
@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 # Errors whose texts say all that there is to say, and with what to exit; a traceback would only hide that.
 _EXIT_CODES: dict[type[Exception], int] = {
     ConfigError: EXIT_USER_ERROR,
+    DataUnavailable: EXIT_UNAVAILABLE,  # before DataError, of which it is a kind
     DataError: EXIT_USER_ERROR,
     store.CheckpointError: EXIT_USER_ERROR,
     LaunchError: EXIT_USER_ERROR,

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from ngpt.config.compose import compose_run
-from ngpt.dist.exit_codes import EXIT_DIVERGED, EXIT_PEER_LOST, EXIT_TRY_AGAIN, EXIT_USER_ERROR
+from ngpt.dist.exit_codes import EXIT_DIVERGED, EXIT_PEER_LOST, EXIT_TRY_AGAIN, EXIT_UNAVAILABLE, EXIT_USER_ERROR
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path for path in (REPOSITORY / "launch").iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -93,7 +93,7 @@ def test_the_container_gets_the_arguments_and_no_secret_on_its_command_line(tmp_
     assert "secret" not in done.stdout
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(75, True), (4, True), (137, True), (0, False), (1, False), (2, False)])
+@pytest.mark.parametrize(("code", "requeued"), [(75, True), (4, True), (69, True), (137, True), (0, False), (1, False), (2, False)])
 def test_a_slurm_job_is_queued_again_only_when_the_trainer_can_continue(code: int, requeued: bool, tmp_path: Path) -> None:
     """A SLURM job ends with 75, 4, 137, 0, 1 or 2 | queued again after the first three only"""
     stub(tmp_path, "srun", f'printf "%s\\n" "$@"; exit {code}')
@@ -196,6 +196,7 @@ def test_a_pod_has_time_to_save_and_is_replaced_only_when_the_run_can_continue(k
     on_exit = {rule["action"]: rule["onExitCodes"] for rule in spec["podFailurePolicy"]["rules"] if "onExitCodes" in rule}
     assert on_exit["FailJob"]["values"] == [EXIT_USER_ERROR, EXIT_DIVERGED]
     assert on_exit["Ignore"]["values"] == [EXIT_PEER_LOST, EXIT_TRY_AGAIN]
+    assert all(EXIT_UNAVAILABLE not in rule["values"] for rule in on_exit.values()), "to be tried again, but not for ever"
     assert {rule["containerName"] for rule in on_exit.values()} == {container_of(kubernetes[1])["name"]}
 
 

@@ -23,6 +23,10 @@ class DataError(ValueError):
     """A problem with text, tokens or their files that the user can solve; the message says where and how."""
 
 
+class DataUnavailable(DataError):
+    """Data that could be read before and cannot now, as the network or its source is away: time may solve it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
     """One document and where it came from: `line` counts from 1. `tokens` is set where the source is tokenised already."""

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ngpt.data.documents import JSON, DataError, Document, DocumentReader, Share, Split, StreamTally, check_text
+from ngpt.data.documents import JSON, DataError, DataUnavailable, Document, DocumentReader, Share, Split, StreamTally, check_text
 from ngpt.data.hub_client import HubBusy, is_of_network_package, is_passing_status, prepare_libraries, seconds_asked
 from ngpt.data.seeding import permutation
 
@@ -39,9 +39,9 @@ class Retries:
         self.stop = threading.Event()
 
     def wait(self, attempt: int, most: int, error: Exception, what: str) -> None:
-        """Sleep before retry number `attempt` (from 1) of at most `most` at `what`. Raises DataError if there are to be no more."""
+        """Sleep before retry number `attempt` (from 1) of at most `most` at `what`. Raises DataUnavailable if there are to be no more."""
         if attempt > most or self.stop.is_set():
-            raise DataError(f"{what}: {_explain(error)} (retried {attempt - 1} times). {_offline_advice()}") from error
+            raise DataUnavailable(f"{what}: {_explain(error)} (retried {attempt - 1} times). {_offline_advice()}") from error
         self.count += 1
         seconds = min(_LONGEST_WAIT_SECONDS, self.first_wait_seconds * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
         seconds = max(seconds, _asked_to_wait(error))

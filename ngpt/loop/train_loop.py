@@ -12,7 +12,7 @@ from typing import Any
 from torch.profiler import record_function
 
 from ngpt.data.batch import Batch
-from ngpt.data.documents import DataError
+from ngpt.data.documents import DataError, DataUnavailable
 from ngpt.engine.base import Engine
 from ngpt.loop.spikes import SpikeRule
 from ngpt.loop.train_step import StepResult, num_label_tokens, train_step
@@ -147,4 +147,6 @@ def _of_all_ranks(problem: DataError | None, texts_of_ranks: Callable[[str], lis
     texts = texts_of_ranks(str(problem) if problem else "")
     if len(texts) == 1 and problem:
         return problem
-    return DataError("\n".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text))
+    lasting = texts_of_ranks("" if problem is None or isinstance(problem, DataUnavailable) else "lasting")
+    kind = DataError if any(lasting) else DataUnavailable
+    return kind("\n".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text))

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from ngpt.data.documents import DataError, DataUnavailable
 from ngpt.loop.train_loop import Progress, TrainingDiverged, train_loop
 from ngpt.loop.train_step import num_label_tokens, train_step
 
@@ -114,3 +115,28 @@ def test_time_waiting_for_data_is_told_apart(engine, make_batch):
 
     result = next(run_loop(engine, slow(), Progress()))
     assert 0.02 <= result.data_seconds <= result.step_seconds
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "kind"),
+    [
+        (DataUnavailable("the hub is away"), ("", ""), DataUnavailable),
+        (DataUnavailable("the hub is away"), ("line 7 is no JSON", "lasting"), DataError),
+        (None, ("the hub is away", ""), DataUnavailable),
+        (None, ("line 7 is no JSON", "lasting"), DataError),
+    ],
+)
+def test_ranks_wait_for_data_to_come_back_only_if_that_would_mend_all_of_them(engine, make_batch, own, others, kind):
+    """data that cannot be read on some ranks, for a time or for good | all raise one error, of the kind that says whether to try again"""
+
+    def batches():
+        if own:
+            raise own
+        yield from endless(make_batch)
+
+    answers = iter(others)
+    across = {"sum_over_ranks": lambda _: -1, "texts_of_ranks": lambda text: [text, next(answers)]}
+    loop = run_loop(engine, batches(), Progress(), **across)
+    with pytest.raises(DataError) as caught:
+        next(loop)
+    assert type(caught.value) is kind
