@@ -27,6 +27,7 @@ from bench.soak_rank import checksums
 from data_prep.train_tokenizer import train_tokenizer
 from ngpt import build
 from ngpt.config.compose import compose_run
+from ngpt.config.problems import ConfigError
 from ngpt.data.builtin import standard_library_prose
 from ngpt.dist.exit_codes import EXIT_PEER_LOST, EXIT_TRY_AGAIN, EXIT_USER_ERROR
 from ngpt.dist.ranks import Ranks
@@ -180,7 +181,7 @@ class Soak:
         settings = [
             "model=llama_9m", f"model.vocab_size={VOCABULARY}", "model.hidden_size=32", "model.intermediate_size=48",
             "model.num_hidden_layers=2", "model.num_attention_heads=2", f"data={options.data}", "data.streams=4",
-            "optimizer.rank=8", "optimizer.update_proj_gap=20", "optimizer.lr=0.005", "scheduler=constant", "scheduler.warmup_steps=10",
+            "optimizer.lr=0.005", "scheduler=constant", "scheduler.warmup_steps=10",
             "trainer.seq_len=32", "trainer.global_batch_size=8", "trainer.micro_batch_size=4", "trainer.precision=fp32",
             "trainer.peak_flops=1e9", "trainer.device=cpu", f"trainer.max_steps={steps}", f"engine.zero_stage={options.stage}",
             "engine.timeout_seconds=60", f"eval.every_steps={options.eval_every}", "eval.max_tokens=8000",
@@ -188,6 +189,8 @@ class Soak:
             f"checkpoint.asynchronous={str(options.asynchronous).lower()}", f"logger.every_steps={options.log_every}",
             f"run.dir={folder}", f"run.name={NAME}",
         ]  # fmt: skip
+        if "optimizer=adamw" not in options.overrides:
+            settings += ["optimizer.rank=8", "optimizer.update_proj_gap=20"]
         settings += [f"tokenizer.path={self.folder / 'tokenizer.model'}"] if options.data == "builtin" else []
         return [*settings, *options.overrides]
 
@@ -215,7 +218,7 @@ class Soak:
     # ---------------------------------------------------------------------------------------------------- the comparison
     def compare(self) -> None:
         """All that is checked at the end, and the report."""
-        config = compose_run(self.settings(self.straight, self.steps))
+        config = compose_run(self.settings(self.straight, self.steps), world_size=self.options.ranks)
         starts, straight = (checks.read_starts(folder / "records") for folder in (self.interrupted, self.straight))
         history, reference = checks.surviving_history(starts), checks.surviving_history(straight)
         run, other = self.interrupted / NAME, self.straight / NAME
@@ -250,7 +253,7 @@ class Soak:
 
     def summary(self, history: checks.History, memory: list[checks.Memory], straight: list[checks.Memory]) -> Iterator[str]:
         """Figures of the run, as text and tables."""
-        config = compose_run(self.settings(self.straight, self.steps))
+        config = compose_run(self.settings(self.straight, self.steps), world_size=self.options.ranks)
         yield f"`{' '.join(['python -m bench.soak', *self.options.said])}`"
         yield ""
         tokens = max(steps[self.steps]["tokens"] for steps in history.steps.values() if self.steps in steps) if history.steps else 0
@@ -281,7 +284,7 @@ class Soak:
 
     def uninterrupted_batches(self) -> Iterator[tuple[int, list[int]]]:
         """Rows of a loader of one rank from the start of the stream."""
-        config = compose_run(self.settings(self.straight, self.steps))
+        config = compose_run(self.settings(self.straight, self.steps), world_size=self.options.ranks)
         loader = build.open_train_loader(config, build.open_tokenizer(config), Ranks())
         try:
             yield from map(checksums, loader)
@@ -320,7 +323,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point."""
-    return Soak(_arguments(argv)).run()
+    soak = Soak(_arguments(argv))
+    try:
+        compose_run(soak.settings(soak.straight, ENDLESS), world_size=soak.options.ranks, check_files=False)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return EXIT_USER_ERROR
+    return soak.run()
 
 
 if __name__ == "__main__":

@@ -177,6 +177,12 @@ def test_a_folder_that_is_there_is_refused(tmp_path, capsys):
     assert "is there already; give a new folder" in capsys.readouterr().err
 
 
+def test_a_wrong_setting_is_refused_before_anything_is_started(tmp_path, capsys):
+    assert soak.main(["--to", str(tmp_path / "soak"), "--", "optimizer=adamw", "optimizer.rank=3"]) == 2
+    assert "optimizer.rank = 3: not a setting of optimizer=adamw" in capsys.readouterr().err
+    assert not (tmp_path / "soak").exists()
+
+
 @pytest.mark.slow
 def test_a_short_soak_of_a_real_run_is_green(tmp_path, capsys):
     assert soak.main(["--quick", "--to", str(tmp_path / "soak")]) == 0
