@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +14,7 @@ from ngpt.data.train_loader import position_of
 from ngpt.dist.collectives import Collectives
 from ngpt.dist.ranks import Ranks
 from ngpt.dist.replicas import ReplicasDiffer, bit_hash, check_position, check_replicas
+from ngpt.run import Run, exit_code_of
 
 
 def check_with_a_flipped_bit(on_rank: int | None) -> str:
@@ -92,3 +95,40 @@ def test_large_tensors_are_hashed_in_pieces_with_the_same_result(monkeypatch):
     whole = bit_hash(tensor)
     monkeypatch.setattr("ngpt.dist.replicas._CHUNK", 64)
     assert bit_hash(tensor) == whole
+
+
+def compare_ranks(lost_batches: int, tokens_lost: int, flipped: bool, zero_stage: int) -> tuple[str, int]:
+    """What `Run.check_replicas` says on this rank, and the exit code, where rank 1 has lost something or has another weight."""
+    ranks = Collectives()
+    of_rank_1 = ranks.rank == 1
+    run = SimpleNamespace(
+        config=SimpleNamespace(engine=SimpleNamespace(zero_stage=zero_stage)),
+        ranks=SimpleNamespace(world_size=ranks.size),
+        collectives=ranks,
+        device="cpu",
+        progress=SimpleNamespace(step=40, tokens=1000 - tokens_lost * of_rank_1),
+        engine=SimpleNamespace(weights=lambda: [("head", torch.ones(3) + flipped * of_rank_1)]),
+        _data_state={"global_batches": 40 - lost_batches * of_rank_1, "settings": {}, "streams": {str(ranks.rank): {}}},
+    )
+    try:
+        Run.check_replicas(run)
+    except ReplicasDiffer as error:
+        return str(error), exit_code_of(error)
+    return "equal", 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ((1, 0, False, 1), "step 40: the position in the data on rank 1 differs from the other ranks' in the number of batches taken"),
+        ((0, 9, False, 3), "step 40: the position in the data on rank 1 differs from the other ranks' in the tokens counted"),
+        ((0, 0, True, 2), "step 40: head on rank 1 differs"),
+        ((0, 0, True, 3), "equal"),  # each rank's weights are its own there
+    ],
+)
+def test_a_rank_that_lost_a_batch_or_a_bit_is_named_by_the_comparison_of_ranks(on_ranks, record_property, fault, said):
+    """Rank 1 of 3 has taken a batch less, or holds another weight | check_replicas_every: all stop with code 4, naming rank 1 and what"""
+    results = on_ranks(3, compare_ranks, *fault)
+    assert all(text.startswith(said) for text, _ in results)
+    assert [code for _, code in results] == [0 if said == "equal" else 4] * 3
+    record_property("seen", said)
