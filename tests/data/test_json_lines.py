@@ -127,7 +127,7 @@ def test_a_truncated_zstd_is_noticed(tmp_path: Path) -> None:
     assert skipped.totals["bad_documents"] == 1
 
 
-@pytest.mark.parametrize("contents", [b"", gzip.compress(b"")])
+@pytest.mark.parametrize("contents", [b"", gzip.compress(b"")], ids=["plain", "gzip"])
 def test_an_empty_file_has_no_documents(tmp_path: Path, contents: bytes) -> None:
     """An empty file | no documents, no error"""
     empty, sound = tmp_path / "a.json.gz", tmp_path / "b.json.gz"
