@@ -36,7 +36,7 @@ def resolve(python: str, torch: str) -> tuple[str, dict[str, str]]:
         report = Path(scratch, "report.json")
         flags = ["--quiet", "--dry-run", "--ignore-installed", "--report", str(report)]
         pip = [f"{scratch}/bin/python", "-m", "pip", "install", *flags]
-        subprocess.run([*pip, f"torch{torch}", "pip", "setuptools", f"{REPOSITORY}[dev,types]"], check=True)
+        subprocess.run([*pip, f"torch{torch}", "pip", "setuptools", f"{REPOSITORY}[dev,types,eval]"], check=True)
         resolved = json.loads(report.read_text(encoding="utf-8"))
     packages = [item["metadata"] for item in resolved["install"]]
     versions = {re.sub(r"[-_.]+", "-", package["name"]).lower(): package["version"].partition("+")[0] for package in packages}
