@@ -104,12 +104,12 @@ TESTED_CHANGES = {("fp32", "trainer.activation_checkpointing=full"), ("bf16", "t
 SETTINGS = dict(_settings())
 
 
-def measured_peak(config: RunConfig, device: torch.device) -> int:
-    """The most bytes allocated at one time while the engine of a run is built and takes `STEPS` updates; on this rank."""
+def measured_peak(config: RunConfig, device: torch.device, *, num_steps: int = STEPS) -> int:
+    """The most bytes allocated at one time while the engine of a run is built and takes `num_steps` updates; on this rank."""
     ranks = Collectives()
     loader = build.open_train_loader(config, None, Ranks(ranks.rank, ranks.size, ranks.rank))
     micro_batches = config.trainer.global_batch_size // (config.trainer.micro_batch_size * ranks.size)
-    steps = [[next(loader) for _ in range(micro_batches)] for _ in range(STEPS)]
+    steps = [[next(loader) for _ in range(micro_batches)] for _ in range(num_steps)]
     loader.close()
     gc.collect()
     if device.type == "cuda":

@@ -116,7 +116,7 @@ def keeps_full_gradient(settings: Mapping[str, Any]) -> bool:
     return done["rank"] == "full" or done["fisher"] == "diagonal" or done["complement"] != "none"
 
 
-def _part_on_wire(shape: Shape, settings: Mapping[str, Any], setup: Setup) -> int:
+def part_on_wire(shape: Shape, settings: Mapping[str, Any], setup: Setup) -> int:
     """Elements of a rank's padded part of the gradient that is summed."""
     if "rank" not in settings:
         return setup.share(prod(shape))
@@ -201,7 +201,7 @@ def _update(shape: Shape, settings: Mapping[str, Any], setup: Setup, *, refresh:
     yield from _state_sums(shape, settings, setup)
     if not is_split:
         return
-    if whole or _lifts_columns(shape, settings, setup):
+    if whole or lifts_columns(shape, settings, setup):
         yield _Message(Flat, "exchange", _sent_in_exchange(shape, setup), setup.on_wire)
         yield publish
         return
@@ -211,7 +211,7 @@ def _update(shape: Shape, settings: Mapping[str, Any], setup: Setup, *, refresh:
         yield publish
 
 
-def _lifts_columns(shape: Shape, settings: Mapping[str, Any], setup: Setup) -> bool:
+def lifts_columns(shape: Shape, settings: Mapping[str, Any], setup: Setup) -> bool:
     """As `LowRankAdamW._lifts_columns`."""
     keeps_master = settings["rounding"] == "master" and setup.dtype != setup.arithmetic
     if settings["proj_type"] == "full" or (setup.stage < 3 and not keeps_master):
@@ -255,7 +255,7 @@ def bytes_sent(layers: Layers, setup: Setup, *, refresh: bool = False, rotates: 
         sent["sums"] += _ring(8, setup.ranks, 2)  # whether the loss is finite
     for layer in layers:
         parameters = [(shape, _completed(settings)) for shape, settings in layer]
-        numel = sum(_part_on_wire(shape, settings, setup) for shape, settings in layer) + len(layer)
+        numel = sum(part_on_wire(shape, settings, setup) for shape, settings in layer) + len(layer)
         size = numel * setup.parts * setup.on_wire.itemsize
         sent["gradients"] += setup.reductions * _ring(size, setup.ranks, 1 if setup.parts > 1 else 2)
         if refresh:
@@ -380,7 +380,7 @@ def gradient_bytes(layer: Sequence[tuple[Shape, Mapping[str, Any]]], setup: Setu
 
     Between micro-batches below stage 2 they are not summed yet, and kept in fp32.
     """
-    own = sum(_part_on_wire(shape, settings, setup) for shape, settings in layer) + len(layer)
+    own = sum(part_on_wire(shape, settings, setup) for shape, settings in layer) + len(layer)
     dtype = torch.promote_types(setup.on_wire, torch.float32) if setup.reductions > 1 else setup.on_wire
     if setup.stage < 2 and setup.micro_batches > 1:
         return setup.parts * own * setup.arithmetic.itemsize
@@ -396,6 +396,6 @@ def buffer_bytes(layers: Layers, setup: Setup) -> int:
         return 0
     sent = [0]
     for layer in layers:
-        part = sum(_part_on_wire(shape, settings, setup) for shape, settings in layer) + len(layer)
+        part = sum(part_on_wire(shape, settings, setup) for shape, settings in layer) + len(layer)
         sent.append(setup.parts * part * setup.on_wire.itemsize)
     return max(sent) if setup.immediate else max(before + last for before, last in itertools.pairwise(sent))

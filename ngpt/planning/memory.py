@@ -7,9 +7,9 @@ device's context, the libraries' workspaces and what an allocator leaves unused 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,7 +20,7 @@ from ngpt.optim.state_cost import KINDS as STATE_KINDS
 from ngpt.planning.activations import Activations, activations_of, head_gradient_bytes
 from ngpt.planning.parameters import Parameter, layer_name, parameters_of
 from ngpt.planning.update_memory import Arithmetic, apply_bytes, kept_gradient_bytes, reduce_bytes, together_bytes
-from ngpt.planning.zero_memory import Wire, gathered_weight_bytes
+from ngpt.planning.zero_memory import LayerUpdate, Wire, gathered_weight_bytes, keeps_matrices
 
 FP32 = 4
 KINDS = ("weights", "optimizer state", "gradients", "activations", "logits", "between ranks", "temporaries")
@@ -89,7 +89,9 @@ class _Walk:
             layers.setdefault(layer_name(parameter.name), []).append(parameter)
         self._layers = layers
         self._kept = {name: self._gradients_of(members) for name, members in layers.items()}
-        self._wire = Wire(self._setup, gloo=not on_gpu) if self._zero else None
+        self._wire = Wire(self._setup, gloo=not on_gpu)
+        self._gathered, self._fetched_ahead = gathered_weight_bytes(config, self._parameters, self._setup)
+        self._updates = LayerUpdate(self._setup, self._arithmetic)
 
     def estimate(self) -> MemoryEstimate:
         state = dict.fromkeys(STATE_KINDS, 0)
@@ -108,6 +110,8 @@ class _Walk:
 
     # ----------------------------------------------------------------------------------------------------- the moments
     def _moments(self) -> Iterator[Moment]:
+        if self._setup.stage == 3:
+            yield self._moment("the weights are gathered", gradients=self._carried(), **{"between ranks": self._fetched_ahead})
         yield self._loss()
         yield from self._backward()
         yield from self._update()
@@ -121,22 +125,42 @@ class _Walk:
             gradients=self._carried() + (head_gradient_bytes(self._config, w) if trained else 0),
             activations=kept.shared + sum(kept.blocks) + kept.output,
             logits=kept.logits + kept.hidden_gradient,
+            **{"between ranks": self._fetched_ahead if self._several else 0},
         )
 
     def _backward(self) -> Iterator[Moment]:
         """Head, last norm, blocks from the last to the first, embedding: in the first micro-batch, and in those after it."""
         blocks = [f"model.layers.{layer}" for layer in reversed(range(self._config.model.num_hidden_layers))]
+        layers = [layer for layer in ("lm_head.weight", "model.norm.weight", *blocks, "model.embed_tokens.weight") if self._members(layer)]
         for first in (True, False) if self._several else (True,):
             done = 0 if first else self._carried()
-            for layer in ("lm_head.weight", "model.norm.weight", *blocks, "model.embed_tokens.weight"):
-                members = self._members(layer)
-                if members:
-                    yield from self._backward_of(layer, members, done, first=first)
-                    done += self._kept[layer] if first else 0
+            for position, layer in enumerate(layers):
+                gradients = self._gradients_at(layers, position, first=first) if self._zero else _Kept(done)
+                yield from self._backward_of(layer, self._members(layer), gradients, first=first)
+                done += self._kept[layer] if first else 0
 
-    def _backward_of(self, layer: str, members: list[Parameter], done: int, *, first: bool) -> Iterator[Moment]:
-        """The moments of one layer, when there are `done` bytes of gradients already."""
-        kept, w = self._activations, self._arithmetic.w
+    def _gradients_at(self, layers: list[str], position: int, *, first: bool) -> _Kept:
+        """Under ZeRO: gradients of layers whose sums have come, and those on their way, when backward comes to a layer."""
+        before = [self._trained(name) for name in reversed(layers[:position])]
+        unsummed = self._several and self._setup.stage < 2
+        if self._setup.immediate:
+            return _Kept(0)
+        if unsummed and first:
+            return _Kept(sum(self._kept[name] for name in layers[:position]))
+        flying = [layer for layer in before[:2] if layer is before[0] or not keeps_matrices(layer)]
+        arrived = [layer for layer in before if not any(layer is other for other in flying)]
+        done = sum(self._wire.own(layer) for layer in arrived)
+        if not first:
+            done = self._carried() if not unsummed else done + sum(self._kept[name] for name in layers[position:])
+        return _Kept(done, flying)
+
+    def _trained(self, layer: str) -> list[Parameter]:
+        return [parameter for parameter in self._members(layer) if parameter.settings is not None]
+
+    def _backward_of(self, layer: str, members: list[Parameter], gradients: _Kept, *, first: bool) -> Iterator[Moment]:
+        """The moments of one layer, when there are `gradients` of others already."""
+        kept, w, done = self._activations, self._arithmetic.w, gradients.done
+        on_their_way = {"between ranks": sum(self._wire.flying(other) for other in gradients.flying)}
         when = "" if first else ", a later micro-batch"
         below, born_beside = kept.shared, 0
         number = int(layer.split(".")[2]) if layer.startswith("model.layers.") else None
@@ -144,14 +168,15 @@ class _Walk:
             done += w * self._numel("model.embed_tokens.weight")  # the head's share waits for the embedding's
         if number is not None:
             below += sum(kept.blocks[: number + 1])
-            yield self._moment(f"the norm after block {number}{when}", gradients=done, activations=below + kept.norm_backward)
+            name = f"the norm after block {number}{when}"
+            yield self._moment(name, gradients=done, activations=below + kept.norm_backward, **on_their_way)
             below += kept.recomputed[number]
             down = [parameter for parameter in members if parameter.name.endswith("mlp.down_proj.weight")]
             yield self._moment(
                 f"backward of block {number}{when}",
                 gradients=done + (self._gradients_of(down) if first and not self._zero else 0),
                 activations=below + kept.feed_forward_backward,
-                **self._received(members, first=first, treated=False),
+                **on_their_way,
             )
         elif layer == "lm_head.weight":
             below += sum(kept.blocks) + kept.output
@@ -160,40 +185,91 @@ class _Walk:
         elif layer == "model.norm.weight":
             below += sum(kept.blocks)
         else:
-            yield self._moment(f"the norm before block 0{when}", gradients=done, activations=below + kept.norm_backward)
+            name = f"the norm before block 0{when}"
+            yield self._moment(name, gradients=done, activations=below + kept.norm_backward, **on_their_way)
         largest = max(members, key=lambda parameter: parameter.numel if parameter.settings is not None else 0)
         if largest.settings is None:
             return
-        reduced = 0 if self._zero or not self._several or not first else self._gradients_of([largest])
+        if self._zero:
+            alone = len(members) == 1
+            above = kept.shared if number is None else kept.shared + sum(kept.blocks[:number])
+            yield from self._summed_over_ranks(
+                f"{layer.removesuffix('.weight')}{when}",
+                self._trained(layer),
+                gradients,
+                gradient=largest.numel * w + born_beside,
+                last_gradient=largest.numel * w + born_beside if alone else 0,
+                activations=(below + kept.hidden_gradient, (below if alone else above) + kept.hidden_gradient),
+                first=first,
+            )
+            return
+        reduced = 0 if not self._several or not first else self._gradients_of([largest])
         yield self._moment(
             f"gradients of {layer.removesuffix('.weight')}{when}",
             gradients=done + largest.numel * w + born_beside + reduced,
             activations=below + kept.hidden_gradient,
-            **self._received(members, first=first, treated=True),
+            temporaries=self._treated(members, first=first),
         )
 
-    def _received(self, members: list[Parameter], *, first: bool, treated: bool) -> dict[str, int]:
-        """Temporaries and buffers of the gradients of a layer, which are not yet `treated` while those of its activations are computed."""
+    def _summed_over_ranks(
+        self,
+        name: str,
+        layer: list[Parameter],
+        gradients: _Kept,
+        *,
+        gradient: int,
+        last_gradient: int,
+        activations: tuple[int, int],
+        first: bool,
+    ) -> Iterator[Moment]:
+        """Under ZeRO, from the first gradient of a layer to the start of their sum, or to the update; activations before and after."""
+        wire, before = self._wire, gradients.flying
+        unsummed = self._several and self._setup.stage < 2
+        carried = (
+            self._gradients_of(layer) if unsummed and not first else 0
+        )  # those that waited are there
+        if before and keeps_matrices(layer):  # the first gradient waits until those of the layer before have come
+            others = sum(wire.flying(other) for other in before[1:])
+            coming = {"between ranks": wire.collected(before[0]) + others}
+            yield self._moment(f"gradients before {name}", gradients=gradients.done + gradient, activations=activations[0], **coming)
+            before = [other for other in before if not keeps_matrices(other)]
+            gradients = _Kept(gradients.done + sum(wire.own(other) for other in gradients.flying if keeps_matrices(other)), before)
+        others = sum(wire.flying(other) for other in before)
+        arriving = others + max(0, wire.arriving(layer, first=first) - carried)
+        yield self._moment(
+            f"gradients of {name}", gradients=gradients.done + gradient, activations=activations[0], **{"between ranks": arriving}
+        )
+        common = {"gradients": gradients.done + last_gradient, "activations": activations[1]}
+        if first:
+            yield self._moment(f"subspaces of {name}", **common, **{"between ranks": arriving}, temporaries=self._updates.search(layer))
+        if unsummed and first:
+            return
+        started = others + max(0, wire.starting(layer) - carried)
+        yield self._moment(f"sum of {name}", **common, **{"between ranks": started})
+        if self._setup.immediate:
+            own = {"between ranks": wire.own(layer)}
+            yield self._moment(f"sum of {name} arrives", **common, **{"between ranks": wire.collected(layer)})
+            yield self._moment(f"update of {name}", **common, **own, temporaries=self._updates.applied(layer))
+
+    def _treated(self, members: list[Parameter], *, first: bool) -> int:
+        """Temporaries of the gradients of a layer on one process."""
+        if self._config.optimizer.apply == "whole":
+            return 0
         trained = [parameter for parameter in members if parameter.settings is not None]
-        sizes = {} if self._wire is None else {"between ranks": self._wire.in_backward(_shapes(trained))}
-        if not treated or (self._config.optimizer.apply == "whole" and not self._zero):
-            return sizes
         each = [self._once(reduce_bytes, parameter, self._arithmetic, first=first) for parameter in trained]
         if self._setup.immediate:
-            each += [self._applied_together(trained)] if self._zero else [self._once(apply_bytes, p, self._arithmetic) for p in trained]
-        return sizes | {"temporaries": max(each, default=0)}
+            each += [self._once(apply_bytes, p, self._arithmetic) for p in trained]
+        return max(each, default=0)
 
     def _update(self) -> Iterator[Moment]:
         if self._setup.immediate:
             return
         trained = [parameter for parameter in self._parameters if parameter.settings is not None]
+        if self._zero:
+            yield from self._update_over_ranks()
+            return
         gradients = sum(self._kept.values())
         yield self._moment("the norm of the gradient", gradients=gradients, temporaries=self._norm_bytes(trained))
-        if self._wire is not None:
-            for name, members in reversed(self._layers.items()):
-                yield self._moment(f"update of {name}", gradients=gradients, temporaries=self._applied_together(members))
-                gradients -= self._kept[name]
-            return
         if self._config.optimizer.apply == "whole":
             largest = max(max(self._once(reduce_bytes, p, self._arithmetic), self._once(apply_bytes, p, self._arithmetic)) for p in trained)
             together = together_bytes(trained, self._arithmetic)
@@ -205,11 +281,22 @@ class _Walk:
             )
             gradients -= self._gradients_of([parameter])
 
+    def _update_over_ranks(self) -> Iterator[Moment]:
+        layers = [self._trained(name) for name in reversed(self._layers)]
+        summed = self._gradients_of if self._setup.reductions > 1 else self._wire.own
+        gradients = sum(summed(layer) for layer in layers)
+        last = layers[-1]
+        coming = {"between ranks": self._wire.collected(last) - self._wire.own(last)}
+        yield self._moment("the last gradients arrive", gradients=gradients, **coming)
+        for name, layer in zip(reversed(self._layers), layers, strict=True):
+            yield self._moment(f"update of {name}", gradients=gradients, temporaries=self._updates.applied(layer))
+            gradients -= summed(layer)
+
     # --------------------------------------------------------------------------------------------------------- its terms
     def _moment(self, name: str, **sizes: int) -> Moment:
         named = {kind: sizes.get(kind, 0) for kind in KINDS}
-        if self._setup.stage == 3:
-            named["between ranks"] += gathered_weight_bytes(self._config, self._parameters, self._setup)
+        if self._setup.immediate or not name.startswith("update of"):
+            named["between ranks"] += self._gathered
         return Moment(name, {kind: size for kind, size in named.items() if kind not in ("weights", "optimizer state")})
 
     def _once(self, compute: Callable[..., Any], parameter: Parameter, *args: Any, **options: Any) -> Any:
@@ -248,11 +335,12 @@ class _Walk:
         """Gradients of earlier micro-batches of the same update."""
         return sum(self._kept.values()) if self._several else 0
 
-    def _applied_together(self, members: list[Parameter]) -> int:
-        """Under ZeRO the updates of a layer run side by side, each on the part that is here."""
-        assert self._wire is not None
-        each = [self._once(apply_bytes, parameter, self._arithmetic) for parameter in members if parameter.settings is not None]
-        return sum(each) // self._setup.parts + self._wire.in_update(_shapes(members))
+
+class _Kept(NamedTuple):
+    """Bytes of gradients that wait for the update, and layers whose gradients are on their way between ranks, the latest first."""
+
+    done: int
+    flying: Sequence[list[Parameter]] = ()
 
 
 def _state_bytes(parameter: Parameter, setup: Setup) -> dict[str, int]:

@@ -57,7 +57,7 @@ def kept_gradient_bytes(parameter: Parameter, arithmetic: Arithmetic, *, apply: 
         return arithmetic.w * parameter.numel
     if keeps_full_gradient(parameter.settings):
         return (FP32 if micro_batches > 1 else arithmetic.w) * parameter.numel
-    return FP32 * _low_numel(parameter)
+    return FP32 * low_numel(parameter)
 
 
 def reduce_bytes(parameter: Parameter, arithmetic: Arithmetic, *, first: bool = True) -> int:
@@ -65,8 +65,8 @@ def reduce_bytes(parameter: Parameter, arithmetic: Arithmetic, *, first: bool = 
     if parameter.settings is None or keeps_full_gradient(parameter.settings):
         return 0
     widened = 0 if arithmetic.on_gpu or arithmetic.w == FP32 else FP32 * parameter.numel  # for the norm
-    projected = max((FP32 + arithmetic.w) * _low_numel(parameter), widened + FP32 * _low_numel(parameter))
-    return max(projected, _search_bytes(parameter, arithmetic)) if first else projected
+    projected = max((FP32 + arithmetic.w) * low_numel(parameter), widened + FP32 * low_numel(parameter))
+    return max(projected, search_bytes(parameter, arithmetic)) if first else projected
 
 
 def apply_bytes(parameter: Parameter, arithmetic: Arithmetic) -> int:
@@ -75,7 +75,7 @@ def apply_bytes(parameter: Parameter, arithmetic: Arithmetic) -> int:
         return 0
     if "rank" not in parameter.settings:
         return _piece_bytes(parameter, arithmetic)
-    settings, n, low, w = _completed(parameter.settings), parameter.numel, _low_numel(parameter), arithmetic.w
+    settings, n, low, w = _completed(parameter.settings), parameter.numel, low_numel(parameter), arithmetic.w
     narrow = w < FP32
     moments = _moment_temporaries(settings, low, arithmetic)
     keeps_master = settings["rounding"] == "master" and narrow
@@ -92,7 +92,7 @@ def apply_bytes(parameter: Parameter, arithmetic: Arithmetic) -> int:
         full = FP32 * n if settings["complement"] == "fira" and narrow else 0
         state = 3 * FP32 * low + moments + history
         changed = FP32 * low + weight + guard + max(lifted + full, rounding, guard)
-    found = _search_bytes(parameter, arithmetic) if keeps_full_gradient(parameter.settings) else 0
+    found = search_bytes(parameter, arithmetic) if keeps_full_gradient(parameter.settings) else 0
     rotated = 6 * FP32 * low if settings["on_refresh"] == "rotate" else 0
     return max(state, changed, found, rotated)
 
@@ -133,7 +133,7 @@ def _moment_temporaries(settings: dict[str, Any], low: int, arithmetic: Arithmet
     return e * (2 * FP32 + (ROUNDED if settings["state_dtype"] == "bf16" else 6 * FP32))
 
 
-def _search_bytes(parameter: Parameter, arithmetic: Arithmetic) -> int:
+def search_bytes(parameter: Parameter, arithmetic: Arithmetic) -> int:
     """Finding a subspace: the gradient at size one, and what its factorisation takes beside it."""
     assert parameter.settings is not None
     settings, n = _completed(parameter.settings), parameter.numel
@@ -152,7 +152,7 @@ def _search_bytes(parameter: Parameter, arithmetic: Arithmetic) -> int:
     return wide + max(at_size_one, FP32 * n + (3 * FP64 + FP32) * width * long + FP32 * width * short)
 
 
-def _low_numel(parameter: Parameter) -> int:
+def low_numel(parameter: Parameter) -> int:
     assert parameter.settings is not None
     settings = parameter.settings
     rank = min(parameter.shape) if settings["rank"] == "full" else settings["rank"]

@@ -59,6 +59,15 @@ def test_names_shapes_and_state_are_those_of_the_real_model_and_optimizer(optimi
     assert estimate.peak.sizes["weights"] == sum(p.nbytes for p in model.parameters())
 
 
+def test_a_matrix_whose_short_side_is_not_above_the_rank_is_left_to_adamw() -> None:
+    for rank, projected in ((511, 7 * 8), (512, 0)):  # 7 matrices in each of 8 blocks; their short side is 512
+        config = run_of("optimizer=galore", f"optimizer.rank={rank}")
+        with torch.device("meta"):
+            real = build_optimizer(build_model(config), config=config.optimizer, precision=config.trainer.precision, seed=0)
+        assert sum("rank" in (parameter.settings or {}) for parameter in parameters_of(config)) == projected
+        assert sum(estimate_memory(config).state.values()) == state_bytes(real)["total"]
+
+
 def test_under_zero_weights_and_state_are_those_of_the_formulas_for_ranks() -> None:
     for stage in range(4):
         config = one_billion(f"engine.zero_stage={stage}", "trainer.micro_batch_size=8", ranks=8)
