@@ -151,7 +151,9 @@ class _Walk:
         arrived = [layer for layer in before if not any(layer is other for other in flying)]
         done = sum(self._wire.own(layer) for layer in arrived)
         if not first:
-            done = self._carried() if not unsummed else done + sum(self._kept[name] for name in layers[position:])
+            waiting = [layer for layer in map(self._trained, layers) if not any(layer == other for other in arrived)]
+            done = sum(self._gradients_of(layer) for layer in arrived) if not unsummed else done
+            done += sum(self._carried_of(layer) for layer in waiting if not unsummed or layer not in flying)
         return _Kept(done, flying)
 
     def _trained(self, layer: str) -> list[Parameter]:
@@ -225,9 +227,7 @@ class _Walk:
         """Under ZeRO, from the first gradient of a layer to the start of their sum, or to the update; activations before and after."""
         wire, before = self._wire, gradients.flying
         unsummed = self._several and self._setup.stage < 2
-        carried = (
-            self._gradients_of(layer) if unsummed and not first else 0
-        )  # those that waited are there
+        carried = self._gradients_of(layer) if unsummed and not first else 0  # those that waited are there
         if before and keeps_matrices(layer):  # the first gradient waits until those of the layer before have come
             others = sum(wire.flying(other) for other in before[1:])
             coming = {"between ranks": wire.collected(before[0]) + others}
@@ -333,7 +333,13 @@ class _Walk:
 
     def _carried(self) -> int:
         """Gradients of earlier micro-batches of the same update."""
-        return sum(self._kept.values()) if self._several else 0
+        return sum(self._carried_of(self._trained(layer)) for layer in self._layers) if self._several else 0
+
+    def _carried_of(self, layer: list[Parameter]) -> int:
+        """A sum over ranks is widened when the second is added to it."""
+        if self._zero and self._setup.stage >= 2 and self._setup.micro_batches == 2:
+            return self._wire.own(layer)
+        return self._gradients_of(layer)
 
 
 class _Kept(NamedTuple):

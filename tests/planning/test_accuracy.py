@@ -33,9 +33,9 @@ def test_the_count_sees_kernels_threads_and_what_is_freed() -> None:
     assert 4000 <= count.peak < 4000 + 4 * 500 * 4
 
 
-# Two micro-batches where gradients are accumulated; every third update searches for subspaces, all of them: the second is as most are.
+# Two micro-batches where gradients are accumulated; every second update searches for subspaces, all of them: the one between is as most are.
 SHAPE = ["model=llama_20m", "model.vocab_size=256", "trainer.seq_len=16", "trainer.micro_batch_size=2", "model.num_hidden_layers=3"]
-LOW_RANK = ["optimizer.rank=16", "optimizer.update_proj_gap=3", "optimizer.stagger=false"]
+LOW_RANK = ["optimizer.rank=16", "optimizer.update_proj_gap=2", "optimizer.stagger=false"]
 MODES = {
     "deferred": ["trainer.global_batch_size=4"],
     "immediate": ["trainer.global_batch_size=4", "optimizer.apply=immediate"],

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from ngpt.engine.zero_cost import Setup
 from ngpt.planning.parameters import Parameter
-from ngpt.planning.update_memory import Arithmetic, apply_bytes
-from ngpt.planning.zero_memory import LayerUpdate, Wire, keeps_matrices
+from ngpt.planning.update_memory import ROUNDED, Arithmetic, apply_bytes, search_bytes
+from ngpt.planning.zero_memory import LayerUpdate, Wire, gathered_weight_bytes, keeps_matrices
 
 PLAIN: dict[str, Any] = {"state_dtype": "fp32", "rounding": "stochastic"}
 NORM = Parameter("norm", (4,), PLAIN)
@@ -80,13 +81,39 @@ def test_the_updates_of_a_layer_are_side_by_side() -> None:
         one, four = updates.applied(layer), updates.applied(layer * 4)
         held = 4 * 24 // setup.parts  # the changes of the three others, at least
         assert four - one >= 3 * held
+    on_cpu = Arithmetic(torch.float32, on_gpu=False)
+    # Changes, slices of them; weights' slices, joined, gathered: 12 numbers, the last 24; and three times the direction's 6.
+    assert LayerUpdate(FP32, on_cpu).applied(DIAGONAL) == 4 * (6 * 12 + 3 * 6)
     # Changes, columns of them, by receivers, joined, received: 12 numbers each, and three times the direction's 6.
     exchanged = 4 * (5 * 12 + 3 * 6)
     assert LayerUpdate(dataclasses.replace(FP32, stage=3), Arithmetic(torch.float32, on_gpu=False)).applied(DIAGONAL) == exchanged
+    # In bf16: a widened weight and its rounding beside changes and their slices.
+    in_bf16 = LayerUpdate(dataclasses.replace(BF16, stage=3), Arithmetic(torch.bfloat16, on_gpu=False))
+    assert in_bf16.applied(DIAGONAL) == 12 * (4 + 4 + 4 + ROUNDED) + 3 * 4 * 6
+
+
+def test_a_search_in_columns_gathers_all_of_them() -> None:
+    staggered = [Parameter("matrix", (4, 6), {**(DIAGONAL[0].settings or {}), "stagger": True})]
+    on_cpu = Arithmetic(torch.float32, on_gpu=False)
+    applied = LayerUpdate(dataclasses.replace(FP32, stage=3), on_cpu).applied(staggered)
+    assert applied == 4 * 24 + search_bytes(staggered[0], on_cpu) + 3 * 4 * 6
+
+
+def test_stage_3_has_gathered_what_it_may_and_fetches_some_ahead() -> None:
+    def gathered(stage: int, **options: int) -> tuple[int, int]:
+        config: Any = SimpleNamespace(engine=SimpleNamespace(deepspeed={"zero_optimization": options}))
+        return gathered_weight_bytes(config, WHOLE, dataclasses.replace(BF16, stage=stage))
+
+    assert gathered(2) == (0, 0)
+    assert gathered(3) == (2 * 28, 2 * 28)
+    assert gathered(3, stage3_max_live_parameters=20, stage3_prefetch_bucket_size=10) == (2 * 20, 2 * 10)
 
 
 def test_directions_are_gathered_and_lifted_on_every_rank() -> None:
     updates = LayerUpdate(FP32, Arithmetic(torch.float32, on_gpu=False))
     one, three = updates.applied(THIN[:1]), updates.applied(THIN[:1] * 3)
     assert three - one == 2 * (4 * 6 + 4 * 12)  # of each other one: its own columns and, gathered, those of all
+    assert updates.applied(THIN[:1] * 41) - updates.applied(THIN[:1] * 40) == 4 * 6 + 4 * 6 + (4 + 4) * 12  # sent, gathered, as columns
+    in_bf16 = LayerUpdate(BF16, Arithmetic(torch.bfloat16, on_gpu=False))
+    assert in_bf16.search(THIN * 41) - in_bf16.search(THIN * 40) == 4 * (24 + 24)  # widened, joined
     assert updates.search(THIN * 2) - updates.search(THIN) == 4 * (24 + 4 * 4)
