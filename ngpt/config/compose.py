@@ -7,6 +7,7 @@ Hydra's own answer to an unknown key is to append it with `+`, which the datacla
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import re
@@ -220,8 +221,9 @@ def _variants(config: DictConfig) -> dict[str, str]:
 
 
 # -------------------------------------------------------------------------------------------------------- composition
+@functools.cache  # Hydra keeps them for the process, and it takes as long as a third of a composition
 def register_schema() -> None:
-    """Make the dataclasses known to Hydra: `schema_run`, and `<group>/schema_<variant>`, which the files of conf/ extend."""
+    """Make the dataclasses known to Hydra, once: `schema_run`, and `<group>/schema_<variant>`, which the files of conf/ extend."""
     store = ConfigStore.instance()
     store.store(name="schema_run", node=RunConfig)
     for group, variants in GROUPS.items():

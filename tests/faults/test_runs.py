@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ngpt.config.compose import compose_run
 from ngpt.config.validate import ConfigError
 from ngpt.data.documents import DataError
 from ngpt.data.train_loader import TrainLoader
@@ -28,6 +29,7 @@ from ngpt.loop.train_loop import TrainingDiverged
 from ngpt.out_of_memory import OutOfMemory
 from ngpt.run import Run, exit_code_of
 from ngpt.telemetry.sinks import JsonlSink
+from ngpt.train import train
 
 SPIKES = ["trainer.spike_window=8", "trainer.spike_deviations=4", "eval.every_steps=0", "eval.at_end=false", "scheduler.warmup_steps=0"]
 
@@ -289,9 +291,10 @@ def as_nobody(tmp_path):
 def test_a_folder_of_runs_that_is_read_only_is_refused_at_the_start(tiny, as_nobody):
     """run.dir is read-only (as no root) | refused before the model is built, naming run.dir and the cause; exit code 2"""
     as_nobody.folder.chmod(0o555)
+    config = compose_run([*tiny.settings, f"run.dir={as_nobody.folder}"])  # Hydra's files may be root's alone
     as_nobody.switch()
     with pytest.raises(ConfigError, match=r"run\.dir = .*must be a folder that can be written \(Permission denied\)") as caught:
-        tiny.run(folder=as_nobody.folder)
+        train(config, [])
     assert exit_code_of(caught.value) == 2
 
 
