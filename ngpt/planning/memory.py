@@ -43,7 +43,7 @@ class MemoryEstimate:
     """All moments of an update that may be its peak; `state` is the optimizer's by kind, those on the device."""
 
     moments: tuple[Moment, ...]
-    state: dict[str, int]
+    state: Mapping[str, int]
 
     @property
     def peak(self) -> Moment:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ngpt.config.devices import GPUS, Gpu
 from ngpt.config.optimizers import AdamWConfig, GaLoreConfig, LowRankConfig
@@ -42,7 +42,7 @@ class Target(NamedTuple):
 def beside(config: RunConfig) -> dict[str, RunConfig]:
     """The run, and the same with AdamW and with GaLore where it has neither; moments and the mode of updates are the run's."""
     optimizer = config.optimizer
-    shared = {"state_dtype": optimizer.state_dtype, "apply": optimizer.apply}
+    shared: dict[str, Any] = {"state_dtype": optimizer.state_dtype, "apply": optimizer.apply}
     rank = optimizer.rank if isinstance(optimizer, LowRankConfig) else max(1, config.model.hidden_size // 4)
     others = {"adamw": AdamWConfig(**shared), "galore": GaLoreConfig(rank=rank, **shared)}
     columns = {optimizer.name: config}
@@ -161,7 +161,7 @@ def _named(kind: str, config: RunConfig) -> str:
 
 
 def _cards(config: RunConfig, columns: dict[str, MemoryEstimate], target: Target) -> str:
-    sizes = sorted({*CARDS_GB, *([target.gigabytes] if target.gigabytes else [])})
+    sizes: list[float] = sorted({*CARDS_GB, *([target.gigabytes] if target.gigabytes else [])})
     rows = [["card of", *(f"{size:g} GB" for size in sizes)]]
     for name, each in beside(config).items():
         rows.append([f"{name} fits", *("yes" if fits(columns[name], size) else "no" for size in sizes)])
