@@ -64,7 +64,7 @@ STEPS = [
     Step("The same command goes on from the last checkpoint. This time Ctrl-C, once: it saves first.", OWN, first=5, last=5, interrupt_after="step  80/120"),
     Step("And to the end.", OWN, first=5, last=8),
     Step("Watch it: one HTML file, and a table.", "python -m ngpt.report runs/mytext --to runs/mytext/report"),
-    Step("Two optimizers: the same data, order and budget, three seeds.",
+    Step("Two optimizers: the same data, order and budget, three seeds. (Rates as they come, tuned for neither; times are those of a busy machine.)",
          "python -m ngpt.compare experiment=quickstart trainer.max_steps=100 eval.every_steps=0 checkpoint.every_steps=0 --seeds 0,1,2 \\\n"
          "    --to runs/galore-or-ours --arm galore optimizer=galore --arm ours optimizer=natural_galore", first=8, last=16),
     Step("Take the model elsewhere.", "python -m ngpt.export runs/quickstart --to runs/quickstart/hf"),
