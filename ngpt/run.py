@@ -269,7 +269,7 @@ class Run:
             lr_multiplier=build.build_schedule(self.config.scheduler, self.total_steps),
             max_nonfinite_steps=trainer.max_nonfinite_steps,
             should_stop=lambda: self.stop.agreed(self.collectives, self.device),
-            sum_over_ranks=lambda own: int(self.collectives.sum_(torch.tensor(own, device=self.device))),
+            sum_over_ranks=self._sum_over_ranks,
             texts_of_ranks=self.recorder.gather,
             # Updates that take place inside backward are done when the loss is known.
             spike_rule=SpikeRule(
@@ -284,6 +284,11 @@ class Run:
             yield result
             profiler.before(self.progress.step + 1)
             self.activity.now(f"step {self.progress.step + 1}")
+
+    def _sum_over_ranks(self, own: int) -> int:
+        if self.ranks.world_size == 1:  # no trip to the device, and no wait for it, in every step
+            return own
+        return int(self.collectives.sum_(torch.tensor(own, device=self.device)))
 
     @property
     def at_end(self) -> bool:
