@@ -12,7 +12,10 @@ import torch
 from bench.allocated_bytes import AllocatedBytes
 from bench.plan_accuracy import SETTINGS, measured_peak
 from ngpt.config.compose import compose_run
+from ngpt.optim import AdamW
 from ngpt.planning.memory import estimate_memory
+from ngpt.planning.parameters import Parameter
+from ngpt.planning.update_memory import Arithmetic, apply_bytes
 
 WITHIN = 0.10
 
@@ -32,6 +35,19 @@ def test_the_count_sees_kernels_threads_and_what_is_freed() -> None:
         del first
         (x * torch.ones(500)).sum().backward()
     assert 4000 <= count.peak < 4000 + 4 * 500 * 4
+
+
+@pytest.mark.parametrize(("rounding", "state_dtype"), itertools.product(["nearest", "stochastic", "master"], ["fp32", "bf16", "8bit"]))
+def test_the_temporaries_of_a_plain_update_are_those_that_are_counted(rounding: str, state_dtype: str) -> None:
+    weight = torch.nn.Parameter(torch.randn(1000, 256).bfloat16())
+    optimizer = AdamW([("embed.weight", weight)], lr=0.1, rounding=rounding, state_dtype=state_dtype)
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    with AllocatedBytes() as count:
+        optimizer.step()
+    settings = {"rounding": rounding, "state_dtype": state_dtype}
+    planned = apply_bytes(Parameter("embed.weight", tuple(weight.shape), settings), Arithmetic(torch.bfloat16, on_gpu=False))
+    assert abs(planned / count.peak - 1) <= 0.01, (planned, count.peak)
 
 
 # Two micro-batches where gradients are accumulated; every second update searches for subspaces, the one between is as most are.
