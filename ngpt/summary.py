@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 from ngpt.checkpoint import store
+from ngpt.config.durations import clock
 from ngpt.config.redaction import redact_argument
 from ngpt.config.schema import RunConfig, steps_in_run
 from ngpt.loop.evaluate import EvalResult
 from ngpt.loop.train_loop import Progress
-from ngpt.telemetry.console import duration
 from ngpt.telemetry.plot import plot_run
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def summarise(
         progress.step,
         steps_in_run(config.trainer),
         f"{progress.tokens:,}",
-        duration(progress.seconds),
+        clock(progress.seconds),
         progress.skipped_steps,
     )
     if last_eval and "unigram" in references:

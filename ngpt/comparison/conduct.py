@@ -14,6 +14,7 @@ from ngpt.comparison import process
 from ngpt.comparison.arms import Arm
 from ngpt.comparison.ledger import Ledger, RunState
 from ngpt.comparison.results import result_of
+from ngpt.config.durations import clock
 from ngpt.config.redaction import redact, redact_argument
 from ngpt.dist.exit_codes import EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_TRY_AGAIN
 from ngpt.report.runs import ReportError, read_run
@@ -97,7 +98,7 @@ class Conductor:
 
     def _conclude(self, run: RunState, where: str, *, stopped: bool, errors: Path) -> None:
         """What has become of a run that has ended."""
-        took = f"in {_duration(run.seconds)}"
+        took = f"in {clock(run.seconds)}"
         try:
             result = result_of(read_run(self._folder / run.name), self._arms[run.arm], run.seed)
             incomplete = ""
@@ -109,7 +110,7 @@ class Conductor:
             self._say(f"{where}: held-out loss {result.loss:.4f} {took}; {self._time_left()}")
         elif stopped or run.exit_code in (EXIT_TRY_AGAIN, EXIT_INTERRUPTED):
             run.status = "stopped"
-            self._say(f"{where}: stopped after {_duration(run.seconds)}; the same command goes on")
+            self._say(f"{where}: stopped after {clock(run.seconds)}; the same command goes on")
         else:
             run.status = "failed"
             run.said = _last_words(errors) or incomplete
@@ -127,7 +128,7 @@ class Conductor:
             return "the time is known once one has finished"
         needed = (measured[run.arm] or known for run in left)
         seconds = sum(max(0.0, sum(of_run) / len(of_run) - run.seconds) for of_run, run in zip(needed, left, strict=True))
-        return f"about {_duration(seconds)} left for {len(left)} run{'s' if len(left) > 1 else ''}"
+        return f"about {clock(seconds)} left for {len(left)} run{'s' if len(left) > 1 else ''}"
 
 
 def _ending(exit_code: int | None) -> str:
@@ -154,11 +155,6 @@ def _last_words(errors: Path) -> str:
     if "Traceback (most recent call last):" in text or len(lines) > 6:
         lines = lines[-1:]
     return " ".join(lines)[-_MOST_WORDS:]
-
-
-def _duration(seconds: float) -> str:
-    whole = max(0, round(seconds))
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def _quoted(value: str) -> str:

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ngpt.config.durations import clock
 from ngpt.report.charts import loss_content, memory_content, optimisation_content, speed_content
 from ngpt.report.measures import peak_gib, planned_steps, training_seconds
 from ngpt.report.parts import Part, Section, Table
@@ -52,7 +53,7 @@ def _results(runs: Sequence[RunHistory]) -> list[Part]:
         "bits a byte": [figure(run.last("val/bits_per_byte")) for run in runs],
         "train loss": [figure(run.last("train/loss")) for run in runs],
         "tokens": [_whole(run.last("tokens")) for run in runs],
-        "time": [_duration(training_seconds(run)) for run in runs],
+        "time": [clock(seconds) if (seconds := training_seconds(run)) > 0 else "-" for run in runs],
         "tokens/s": [figure(_median(run, "throughput/tokens_per_sec"), 3) for run in runs],
         "peak memory, GiB": [figure(peak_gib(run)) for run in runs],
         "optimizer state, GiB": [figure(run.last("memory/optimizer_state_gib")) for run in runs],
@@ -99,13 +100,6 @@ def _unfinished(run: RunHistory) -> str:
 
 def _whole(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds <= 0:
-        return "-"
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
 def _median(run: RunHistory, metric: str) -> float | None:

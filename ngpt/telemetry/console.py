@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ngpt.config.durations import clock
 from ngpt.config.redaction import redact
 from ngpt.telemetry.metrics import Record
 
@@ -69,7 +70,7 @@ def step_line(record: Record, *, total_steps: int, seconds_left: float) -> str:
         f"ppl {_number(record['train/perplexity'], '.1f'):>8} | lr {record['optim/lr']:.2e} | "
         f"gnorm {_number(record['optim/grad_norm'], '.2f'):>6} | "
         f"mem {(record['memory/peak_allocated_gib'] or 0):.2f}GiB | tok/s {round(record['throughput/tokens_per_sec'] or 0):>9,} | "
-        f"mfu {record['throughput/mfu']:5.1%} | eta {duration(seconds_left)}"
+        f"mfu {record['throughput/mfu']:5.1%} | eta {clock(seconds_left)}"
     )
 
 
@@ -83,12 +84,6 @@ def eval_line(record: Record, *, total_steps: int) -> str:
         + (f"{bits:.4f} bits/byte | " if bits is not None else "")
         + f"{int(record['val/tokens'] or 0):,} tokens in {record['time/eval_s']:.1f}s"
     )
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds as h:mm:ss."""
-    whole = max(0, round(seconds))
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def _number(value: float | None, spec: str) -> str:

@@ -8,10 +8,11 @@ import math
 import pytest
 import torch
 
+from ngpt.config.durations import clock
 from ngpt.engine.base import UpdateOutcome
 from ngpt.loop.evaluate import EvalResult
 from ngpt.loop.train_step import StepResult
-from ngpt.telemetry.console import duration, eval_line, progress_bar, step_line
+from ngpt.telemetry.console import eval_line, progress_bar, step_line
 from ngpt.telemetry.metrics import GIB, StepMetrics, device_memory, device_peak_flops, eval_record
 
 
@@ -109,7 +110,7 @@ def test_the_console_line_is_the_documented_one_and_always_as_wide(metrics):
     ("seconds", "text"), [(0, "0:00:00"), (59.6, "0:01:00"), (3661, "1:01:01"), (360000, "100:00:00"), (-3, "0:00:00")]
 )
 def test_duration(seconds, text):
-    assert duration(seconds) == text
+    assert clock(seconds) == text
 
 
 def test_resident_set_on_a_cpu_is_plausible():
